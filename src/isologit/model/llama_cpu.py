@@ -1,0 +1,308 @@
+"""LLaMA on the CPU: one compiled function per step, run by every thread together.
+
+Owns packed weights, the paged KV cache and the step's buffers. It does not know requests: it sees a `FlatBatch`.
+The threads meet at a spin barrier between operations, so a step costs one dispatch however many operations it has, and
+no other thread pool is involved.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from isologit.config import ModelConfig
+from isologit.model.batch import FlatBatch
+from isologit.model.rope import rope_inv_freq
+from isologit.ops.cpu import (
+    ADD,
+    COUNTER_STRIDE,
+    STORE,
+    SWIGLU,
+    TILE_SCRATCH,
+    argmax_row,
+    attention_tile,
+    barrier,
+    linear,
+    pack_weight,
+    panel_count,
+    rms_norm_row,
+    rotate_and_cache_row,
+)
+from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH, atomic_add
+
+_PHASES_PER_LAYER = 5  # phases that share work through a counter: qkv, attention, output, gate-up, down
+
+
+@njit(nogil=True)
+def _norm_rows(thread, num_threads, source, stride, rows, gain, size, eps, out):  # type: ignore[no-untyped-def]
+    for r in range(thread, rows, num_threads):
+        rms_norm_row(source, r * stride, gain, size, eps, out, r * stride)
+
+
+@njit(nogil=True, cache=True)
+def _step(
+    thread, num_threads, sync, counters,
+    token_ids, positions, slots, tiles, block_tables, logits_rows,
+    embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down, w_head,
+    num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab, value_width, eps, cos, sin, keys, values,
+    residual, normed, qkv, attended, gated, tile_scratch, query_scratch, score_scratch, sum_scratch, offset_scratch,
+    logits, chosen,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R]."""
+    rows = token_ids.shape[0]
+    stride = residual.shape[1]
+    qkv_stride = qkv.shape[1]
+    out_stride = attended.shape[1]
+    gated_stride = gated.shape[1]
+    residual_flat, normed_flat = residual.reshape(-1), normed.reshape(-1)
+    qkv_flat, attended_flat, gated_flat = qkv.reshape(-1), attended.reshape(-1), gated.reshape(-1)
+    scratch = tile_scratch[thread]
+    queries, scores, sums = query_scratch[thread], score_scratch[thread].reshape(-1), sum_scratch[thread]
+    scores_stride = score_scratch.shape[2]
+    counter = 0
+    for r in range(thread, rows, num_threads):
+        for i in range(hidden):
+            residual[r, i] = embedding[token_ids[r], i]
+    for layer in range(w_qkv.shape[0]):
+        # Rows are dealt to threads in the same way below and above, so no barrier is needed before the norm.
+        if layer > 0:
+            barrier(sync, num_threads)
+        _norm_rows(thread, num_threads, residual_flat, stride, rows, input_gains[layer], hidden, eps, normed_flat)
+        barrier(sync, num_threads)
+        linear(
+            normed_flat, stride, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE, scratch, counters, counter
+        )
+        counter += COUNTER_STRIDE
+        barrier(sync, num_threads)
+        layer_keys, layer_values = keys[layer], values[layer]
+        for r in range(thread, rows, num_threads):
+            rotate_and_cache_row(
+                qkv_flat, r * qkv_stride, positions[r], slots[r], num_heads, num_kv_heads, head_dim, value_width,
+                cos, sin, layer_keys, layer_values,
+            )  # fmt: skip
+        barrier(sync, num_threads)
+        while True:
+            item = atomic_add(counters, counter, 1)
+            if item >= tiles.shape[0] * num_kv_heads:
+                break
+            tile = item // num_kv_heads
+            attention_tile(
+                qkv_flat, qkv_stride, tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], block_tables[tiles[tile, 3]],
+                item % num_kv_heads, num_heads, num_kv_heads, head_dim, value_width, layer_keys, layer_values,
+                attended_flat, out_stride, queries, scores, scores_stride, sums,
+                offset_scratch[thread],
+            )  # fmt: skip
+        counter += COUNTER_STRIDE
+        barrier(sync, num_threads)
+        linear(
+            attended_flat, out_stride, rows, num_heads * head_dim, w_out[layer], residual_flat, stride, ADD,
+            scratch, counters, counter,
+        )  # fmt: skip
+        counter += COUNTER_STRIDE
+        barrier(sync, num_threads)
+        _norm_rows(thread, num_threads, residual_flat, stride, rows, post_gains[layer], hidden, eps, normed_flat)
+        barrier(sync, num_threads)
+        linear(
+            normed_flat, stride, rows, hidden, w_gate_up[layer], gated_flat, gated_stride, SWIGLU,
+            scratch, counters, counter,
+        )  # fmt: skip
+        counter += COUNTER_STRIDE
+        barrier(sync, num_threads)
+        linear(
+            gated_flat, gated_stride, rows, intermediate, w_down[layer], residual_flat, stride, ADD,
+            scratch, counters, counter,
+        )  # fmt: skip
+        counter += COUNTER_STRIDE
+    barrier(sync, num_threads)
+    logits_flat = logits.reshape(-1)
+    for i in range(thread, logits_rows.shape[0], num_threads):
+        rms_norm_row(residual_flat, logits_rows[i] * stride, final_gain, hidden, eps, normed_flat, i * stride)
+    barrier(sync, num_threads)
+    linear(
+        normed_flat, stride, logits_rows.shape[0], hidden, w_head, logits_flat, logits.shape[1], STORE,
+        scratch, counters, counter,
+    )  # fmt: skip
+    barrier(sync, num_threads)
+    for i in range(thread, logits_rows.shape[0], num_threads):
+        chosen[i] = argmax_row(logits_flat, i * logits.shape[1], vocab)
+    barrier(sync, num_threads)
+
+
+class _Crew:
+    """Threads that run one compiled function together: the caller is number 0, the others wait for its call."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._inboxes: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(num_threads - 1)]
+        for number, inbox in enumerate(self._inboxes, start=1):
+            threading.Thread(target=self._serve, args=(number, inbox), daemon=True, name=f"isologit-{number}").start()
+
+    def _serve(self, number: int, inbox: SimpleQueue[Any]) -> None:
+        while (call := inbox.get()) is not None:
+            function, args = call
+            function(number, self.num_threads, *args)
+
+    def run(self, function: Any, *args: Any) -> None:
+        """`function(thread, num_threads, *args)` on every thread; it must end with a barrier."""
+        for inbox in self._inboxes:
+            inbox.put((function, args))
+        function(0, self.num_threads, *args)
+
+    def close(self) -> None:
+        for inbox in self._inboxes:
+            inbox.put(None)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class LlamaCPU:
+    """LLaMA weights packed for the CPU kernels; `forward` runs one step.
+
+    `storage` is the dtype the weights are kept in ("float32", "float16", "bfloat16"); 16-bit weights are widened
+    exactly inside the product, all arithmetic is float32.
+    """
+
+    block_size = PANEL_WIDTH
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        num_threads: int,
+    ) -> None:
+        self.config = config
+        self.storage = config.dtype
+        self.num_threads = num_threads
+        self.max_model_len = max_model_len
+        self._crew = _Crew(num_threads)
+        self._load(tensors)
+        angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), rope_inv_freq(config))
+        self._cos, self._sin = angles.cos().numpy().reshape(-1), angles.sin().numpy().reshape(-1)
+        self._keys = self._values = np.zeros((config.num_hidden_layers, 0), np.float32)
+        self.reserve(max_num_batched_tokens)
+
+    def close(self) -> None:
+        """End the worker threads; the model cannot be used afterwards."""
+        self._crew.close()
+
+    def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        config, storage = self.config, self.storage
+        layers, hidden = config.num_hidden_layers, config.hidden_size
+        dtype = {"float32": np.float32, "float16": np.int16, "bfloat16": np.uint16}[storage]
+        qkv_features = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        gate_panels = -(-config.intermediate_size // VECTOR_WIDTH)
+        attention_features = config.num_attention_heads * config.head_dim
+
+        def empty(panels: int, in_features: int) -> np.ndarray:
+            return np.empty((layers, panels, in_features, PANEL_WIDTH), dtype)
+
+        self._w_qkv = empty(panel_count(qkv_features), hidden)
+        self._w_out = empty(panel_count(hidden), attention_features)
+        self._w_gate_up = empty(gate_panels, hidden)
+        self._w_down = empty(panel_count(hidden), config.intermediate_size)
+        self._input_gains = np.empty((layers, hidden), np.float32)
+        self._post_gains = np.empty((layers, hidden), np.float32)
+        for layer in range(layers):
+            prefix = f"model.layers.{layer}."
+
+            def get(name: str, prefix: str = prefix) -> torch.Tensor:
+                return tensors[f"{prefix}{name}.weight"]
+
+            fused = torch.cat([get(f"self_attn.{name}_proj") for name in "qkv"])
+            self._w_qkv[layer] = pack_weight(fused, storage)
+            self._w_out[layer] = pack_weight(get("self_attn.o_proj"), storage)
+            gate_up = interleave_gate_up(get("mlp.gate_proj"), get("mlp.up_proj"))
+            self._w_gate_up[layer] = pack_weight(gate_up, storage)
+            self._w_down[layer] = pack_weight(get("mlp.down_proj"), storage)
+            self._input_gains[layer] = get("input_layernorm").float().numpy()
+            self._post_gains[layer] = get("post_attention_layernorm").float().numpy()
+        self._final_gain = tensors["model.norm.weight"].float().numpy()
+        embedding = tensors["model.embed_tokens.weight"]
+        self._embedding = embedding.float().numpy()
+        head = embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
+        self._w_head = pack_weight(head, storage)
+
+    def weight_bytes(self) -> int:
+        """Bytes one step streams: every packed product weight once."""
+        arrays = (self._w_qkv, self._w_out, self._w_gate_up, self._w_down, self._w_head)
+        return sum(array.nbytes for array in arrays)
+
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of keys and values of one block over all layers."""
+        c = self.config
+        return 4 * c.num_hidden_layers * c.num_key_value_heads * self.block_size * (c.head_dim + self._value_width)
+
+    @property
+    def _value_width(self) -> int:
+        return _round_up(self.config.head_dim, PANEL_WIDTH)
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make room for `num_blocks` blocks of `block_size` tokens."""
+        c = self.config
+        per_block = c.num_key_value_heads * self.block_size
+        self._keys = np.zeros((c.num_hidden_layers, num_blocks * per_block * c.head_dim), np.float32)
+        self._values = np.zeros((c.num_hidden_layers, num_blocks * per_block * self._value_width), np.float32)
+
+    def reserve(self, max_num_batched_tokens: int) -> None:
+        """Allocate the step's buffers for up to `max_num_batched_tokens` tokens."""
+        c, tokens = self.config, max_num_batched_tokens
+        group = c.num_attention_heads // c.num_key_value_heads
+        self.tile_tokens = max(1, TILE_ROWS // group)
+        tile_rows = self.tile_tokens * group
+        hidden = _round_up(c.hidden_size, PANEL_WIDTH)
+        self._residual = np.zeros((tokens, hidden), np.float32)
+        self._normed = np.zeros((tokens, hidden), np.float32)
+        self._qkv = np.zeros((tokens, self._w_qkv.shape[1] * PANEL_WIDTH), np.float32)
+        self._attended = np.zeros((tokens, c.num_attention_heads * c.head_dim), np.float32)
+        self._gated = np.zeros((tokens, self._w_gate_up.shape[1] * VECTOR_WIDTH), np.float32)
+        self._tile_scratch = np.zeros((self.num_threads, TILE_SCRATCH), np.float32)
+        self._query_scratch = np.zeros((self.num_threads, tile_rows * self._value_width), np.float32)
+        self._offset_scratch = np.zeros((self.num_threads, COUNTER_STRIDE), np.int64)
+        context = _round_up(self.max_model_len, PANEL_WIDTH) + PANEL_WIDTH
+        self._score_scratch = np.zeros((self.num_threads, tile_rows, context), np.float32)
+        self._sum_scratch = np.zeros((self.num_threads, tile_rows), np.float32)
+        self._counters = np.zeros(COUNTER_STRIDE * (_PHASES_PER_LAYER * c.num_hidden_layers + 2), np.int64)
+        self._logits = np.zeros((0, self._w_head.shape[0] * PANEL_WIDTH), np.float32)
+
+    def forward(self, batch: FlatBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Run one step; returns (logits float32 [R, vocab], argmax int64 [R]), views valid until the next step."""
+        c = self.config
+        rows = batch.logits_rows.shape[0]
+        if rows > self._logits.shape[0]:
+            self._logits = np.zeros((rows, self._logits.shape[1]), np.float32)
+        tokens = batch.token_ids.shape[0]
+        chosen = np.empty(rows, np.int64)
+        self._counters[:] = 0
+        self._crew.run(
+            _step, np.zeros(COUNTER_STRIDE, np.int64), self._counters,
+            batch.token_ids, batch.positions, batch.slots, batch.tiles(self.tile_tokens), batch.block_tables,
+            batch.logits_rows, self._embedding, self._input_gains, self._post_gains, self._final_gain,
+            self._w_qkv, self._w_out, self._w_gate_up, self._w_down, self._w_head,
+            c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size, c.vocab_size,
+            self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,
+            self._residual[:tokens], self._normed, self._qkv[:tokens], self._attended[:tokens], self._gated[:tokens],
+            self._tile_scratch, self._query_scratch, self._score_scratch, self._sum_scratch,
+            self._offset_scratch, self._logits, chosen,
+        )  # fmt: skip
+        return self._logits[:rows, : c.vocab_size], chosen
+
+
+def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[I, H] gate and up -> rows in groups of VECTOR_WIDTH gate rows, then the matching up rows (zero-padded)."""
+    features, hidden = gate.shape
+    groups = -(-features // VECTOR_WIDTH)
+    padded = torch.zeros((2, groups * VECTOR_WIDTH, hidden), dtype=gate.dtype)
+    padded[0, :features] = gate
+    padded[1, :features] = up
+    return padded.view(2, groups, VECTOR_WIDTH, hidden).transpose(0, 1).reshape(-1, hidden)

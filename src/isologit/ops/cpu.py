@@ -1,0 +1,336 @@
+"""The CPU kernels: what one thread does of each operation, in float32.
+
+Every kernel is written so that the arithmetic of one token row never depends on the other rows of the batch (fixed
+reduction order per row): batch invariance is a property of the kernels, not a mode.
+Arrays are flat (1-D) where a register tile reads them; strides count elements. `panels` are weights packed by
+`pack_weight`: [panels, in_features, PANEL_WIDTH].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from isologit.ops.simd import (
+    PANEL_WIDTH,
+    TILE_ROWS,
+    VECTOR_WIDTH,
+    atomic_add,
+    atomic_load,
+    float_from_bits,
+    make_tile_product,
+    yield_processor,
+)
+
+COUNTER_STRIDE = 8  # int64 elements between counters: one cache line each
+_SPINS_BEFORE_YIELD = 2000
+TILE_SCRATCH = TILE_ROWS * PANEL_WIDTH  # float32 elements of one thread's tile scratch
+_L2_ROW_BLOCK_BYTES = 192 * 1024  # activations one thread keeps in its second-level cache while panels pass by
+
+
+def panel_count(out_features: int) -> int:
+    """Number of weight panels, the last one padded with zeros."""
+    return -(-out_features // PANEL_WIDTH)
+
+
+def pack_weight(weight: torch.Tensor, storage: str) -> np.ndarray:
+    """[out_features, in_features] -> [panels, in_features, PANEL_WIDTH] (float16 as int16 bits, bfloat16 as uint16)."""
+    out_features, in_features = weight.shape
+    panels = panel_count(out_features)
+    padded = torch.zeros((panels * PANEL_WIDTH, in_features), dtype=getattr(torch, storage))
+    padded[:out_features] = weight
+    packed = padded.view(panels, PANEL_WIDTH, in_features).transpose(1, 2).contiguous()
+    bits = {"float32": torch.float32, "float16": torch.int16, "bfloat16": torch.uint16}[storage]
+    return packed.view(bits).numpy()
+
+
+@njit(inline="always")
+def fast_exp(x):  # type: ignore[no-untyped-def]
+    """exp(x) in float32 within 2 ulp, free of branches so that loops over it become SIMD.
+
+    Range reduction and polynomial of the Cephes library's `expf`; below -87 the result is 0 within one denormal.
+    """
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    n = np.float32(math.floor(x * np.float32(1.44269504088896341) + np.float32(0.5)))
+    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    y = p * r * r + r + np.float32(1.0)
+    return y * float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@njit(nogil=True)
+def barrier(sync, num_threads):  # type: ignore[no-untyped-def]
+    """Wait until all threads of the step arrive. `sync` is int64: [0] arrivals ever, [COUNTER_STRIDE] unused padding."""
+    arrived = atomic_add(sync, 0, 1) + 1
+    target = -(-arrived // num_threads) * num_threads
+    spins = 0
+    while atomic_load(sync, 0) < target:
+        spins += 1
+        if spins > _SPINS_BEFORE_YIELD:
+            yield_processor()
+
+
+@njit(nogil=True, fastmath={"reassoc", "contract"})
+def rms_norm_row(x, x_offset, gain, size, eps, out, out_offset):  # type: ignore[no-untyped-def]
+    """out = x / sqrt(mean(x^2) + eps) * gain for one row (Zhang and Sennrich 2019, equation 4)."""
+    total = np.float32(0.0)
+    for i in range(size):
+        total += x[x_offset + i] * x[x_offset + i]
+    scale = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(size) + eps))
+    for i in range(size):
+        out[out_offset + i] = x[x_offset + i] * scale * gain[i]
+
+
+@njit(nogil=True, fastmath={"contract"})
+def swiglu_tile(tile, rows, out, out_offset, out_stride):  # type: ignore[no-untyped-def]
+    """silu(gate) * up for a tile whose panel holds VECTOR_WIDTH gate columns, then as many up columns."""
+    for r in range(rows):
+        for lane in range(VECTOR_WIDTH):
+            gate = tile[r * PANEL_WIDTH + lane]
+            up = tile[r * PANEL_WIDTH + VECTOR_WIDTH + lane]
+            out[out_offset + r * out_stride + lane] = gate / (np.float32(1.0) + fast_exp(-gate)) * up
+
+
+def _make_tiles(*, add: bool) -> Any:
+    """Product of any number of rows with one panel, built from register tiles of fixed heights."""
+    t1 = make_tile_product(1, add=add)
+    t2 = make_tile_product(2, add=add)
+    t4 = make_tile_product(4, add=add)
+    t6 = make_tile_product(6, add=add)
+    t12 = make_tile_product(12, add=add) if TILE_ROWS == 12 else t6
+
+    @njit(nogil=True)
+    def tiles(x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride, rows):  # type: ignore[no-untyped-def]
+        r = 0
+        while r < rows:
+            left = rows - r
+            xo = x_offset + r * x_stride
+            oo = out_offset + r * out_stride
+            if left >= 12 and TILE_ROWS == 12:
+                t12(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+                r += 12
+            elif left >= 6:
+                t6(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+                r += 6
+            elif left >= 4:
+                t4(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+                r += 4
+            elif left >= 2:
+                t2(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+                r += 2
+            else:
+                t1(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+                r += 1
+
+    return tiles
+
+
+dot_tiles = _make_tiles(add=False)
+accumulate_tiles = _make_tiles(add=True)
+
+_dot_1x4 = make_tile_product(1, add=False, panels=4)
+_dot_2x2 = make_tile_product(2, add=False, panels=2)
+_accumulate_1x4 = make_tile_product(1, add=True, panels=4)
+_accumulate_2x2 = make_tile_product(2, add=True, panels=2)
+
+STORE, ADD, SWIGLU = 0, 1, 2  # what `linear` does with a product: keep it, add it to `out`, or gate it
+
+
+@njit(nogil=True)
+def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, scratch, counters, counter):  # type: ignore[no-untyped-def]
+    """One thread's share of `out = x @ W^T` ([rows, in_features] x panels of W) with the given epilogue.
+
+    Threads share the panels through `counters[counter]`, so a core that another process slows down takes fewer.
+    `scratch` holds TILE_ROWS * PANEL_WIDTH float32 and belongs to this thread.
+    """
+    num_panels = panels.shape[0]
+    flat = panels.reshape(-1)
+    row_block = max(TILE_ROWS, _L2_ROW_BLOCK_BYTES // (4 * in_features) // TILE_ROWS * TILE_ROWS)
+    chunk = max(1, min(8, num_panels // 32))
+    while True:
+        first = atomic_add(counters, counter, chunk)
+        if first >= num_panels:
+            break
+        last = min(num_panels, first + chunk)
+        for block in range(0, rows, row_block):
+            n = min(row_block, rows - block)
+            for panel in range(first, last):
+                w_offset = panel * in_features * PANEL_WIDTH
+                if epilogue == SWIGLU:
+                    for r in range(block, block + n, TILE_ROWS):
+                        m = min(TILE_ROWS, block + n - r)
+                        dot_tiles(
+                            x, r * x_stride, x_stride, flat, w_offset, PANEL_WIDTH, in_features,
+                            scratch, 0, PANEL_WIDTH, m,
+                        )  # fmt: skip
+                        swiglu_tile(scratch, m, out, r * out_stride + panel * VECTOR_WIDTH, out_stride)
+                elif epilogue == ADD:
+                    accumulate_tiles(
+                        x, block * x_stride, x_stride, flat, w_offset, PANEL_WIDTH, in_features,
+                        out, block * out_stride + panel * PANEL_WIDTH, out_stride, n,
+                    )  # fmt: skip
+                else:
+                    dot_tiles(
+                        x, block * x_stride, x_stride, flat, w_offset, PANEL_WIDTH, in_features,
+                        out, block * out_stride + panel * PANEL_WIDTH, out_stride, n,
+                    )  # fmt: skip
+
+
+@njit(nogil=True, fastmath={"contract"})
+def rotate_row(x, offset, half, cos, sin, angle_offset):  # type: ignore[no-untyped-def]
+    """Rotary embedding of one head in place, half-rotation layout (x[i], x[i + half]) as Hugging Face stores it."""
+    for i in range(half):
+        a = x[offset + i]
+        b = x[offset + half + i]
+        c = cos[angle_offset + i]
+        s = sin[angle_offset + i]
+        x[offset + i] = a * c - b * s
+        x[offset + half + i] = b * c + a * s
+
+
+@njit(nogil=True)
+def rotate_and_cache_row(
+    qkv, offset, position, slot, num_heads, num_kv_heads, head_dim, value_width, cos, sin, keys, values
+):  # type: ignore[no-untyped-def]
+    """Rotate the queries and keys of one token and write its keys and values into the paged cache.
+
+    qkv row: [q heads | k heads | v heads] x head_dim. keys: [blocks, kv heads, head_dim, PANEL_WIDTH] flat, so that one
+    block is a product panel; values: [blocks, kv heads, PANEL_WIDTH, value_width] flat.
+    """
+    half = head_dim // 2
+    for head in range(num_heads + num_kv_heads):
+        rotate_row(qkv, offset + head * head_dim, half, cos, sin, position * half)
+    block = slot // PANEL_WIDTH
+    column = slot % PANEL_WIDTH
+    for head in range(num_kv_heads):
+        source = offset + (num_heads + head) * head_dim
+        target = (block * num_kv_heads + head) * head_dim * PANEL_WIDTH + column
+        for i in range(head_dim):
+            keys[target + i * PANEL_WIDTH] = qkv[source + i]
+        source = offset + (num_heads + num_kv_heads + head) * head_dim
+        target = ((block * num_kv_heads + head) * PANEL_WIDTH + column) * value_width
+        for i in range(head_dim):
+            values[target + i] = qkv[source + i]
+
+
+@njit(nogil=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
+def softmax_row(scores, offset, length, padded, scale):  # type: ignore[no-untyped-def]
+    """exp(scale * (score - max)) in place for `length` scores, zeros up to `padded`; returns 1 / sum."""
+    top = scores[offset]
+    for i in range(1, length):
+        if scores[offset + i] > top:
+            top = scores[offset + i]
+    total = np.float32(0.0)
+    for i in range(length):
+        weight = fast_exp((scores[offset + i] - top) * scale)
+        scores[offset + i] = weight
+        total += weight
+    for i in range(length, padded):
+        scores[offset + i] = np.float32(0.0)
+    return np.float32(1.0) / total
+
+
+@njit(nogil=True)
+def attention_tile(
+    qkv, qkv_stride, first_row, num_rows, first_position, table, kv_head, num_heads, num_kv_heads, head_dim,
+    value_width, keys, values, out, out_stride, queries, scores, scores_stride, sums, offsets,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Causal attention of `num_rows` consecutive tokens of one sequence for the query heads of one KV head.
+
+    Two passes over the blocks of `table` (block ids of the sequence): all scores of a row, softmax, then the weighted
+    sum of values. The reduction order of a row depends on its position alone.
+    """
+    group = num_heads // num_kv_heads
+    total_rows = num_rows * group
+    scale = np.float32(1.0 / math.sqrt(head_dim))
+    for r in range(num_rows):
+        for g in range(group):
+            source = (first_row + r) * qkv_stride + (kv_head * group + g) * head_dim
+            target = (r * group + g) * head_dim
+            for i in range(head_dim):
+                queries[target + i] = qkv[source + i]
+    context = first_position + num_rows
+    num_blocks = (context + PANEL_WIDTH - 1) // PANEL_WIDTH
+    panel_size = head_dim * PANEL_WIDTH
+    b = 0
+    while b < num_blocks:
+        ahead = min(4, num_blocks - b)
+        for i in range(ahead):
+            offsets[i] = (table[b + i] * num_kv_heads + kv_head) * panel_size
+        if total_rows == 1 and ahead == 4:
+            _dot_1x4(
+                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, scores, b * PANEL_WIDTH, scores_stride
+            )
+            b += 4
+        elif total_rows == 2 and ahead >= 2:
+            _dot_2x2(
+                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, scores, b * PANEL_WIDTH, scores_stride
+            )
+            b += 2
+        else:
+            dot_tiles(
+                queries, 0, head_dim, keys, offsets[0], PANEL_WIDTH, head_dim,
+                scores, b * PANEL_WIDTH, scores_stride, total_rows,
+            )  # fmt: skip
+            b += 1
+    for r in range(num_rows):
+        for g in range(group):
+            row = r * group + g
+            sums[row] = softmax_row(
+                scores, row * scores_stride, first_position + r + 1, num_blocks * PANEL_WIDTH, scale
+            )
+    for i in range(total_rows * value_width):
+        queries[i] = np.float32(0.0)
+    for b in range(num_blocks):
+        depth = min(PANEL_WIDTH, context - b * PANEL_WIDTH)
+        block = (table[b] * num_kv_heads + kv_head) * PANEL_WIDTH * value_width
+        column = 0
+        while column < value_width:
+            ahead = min(4, (value_width - column) // PANEL_WIDTH)
+            for i in range(ahead):
+                offsets[i] = block + column + i * PANEL_WIDTH
+            if total_rows == 1 and ahead == 4:
+                _accumulate_1x4(
+                    scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth,
+                    queries, column, value_width,
+                )  # fmt: skip
+                column += 4 * PANEL_WIDTH
+            elif total_rows == 2 and ahead >= 2:
+                _accumulate_2x2(
+                    scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth,
+                    queries, column, value_width,
+                )  # fmt: skip
+                column += 2 * PANEL_WIDTH
+            else:
+                accumulate_tiles(
+                    scores, b * PANEL_WIDTH, scores_stride, values, block + column, value_width, depth,
+                    queries, column, value_width, total_rows,
+                )  # fmt: skip
+                column += PANEL_WIDTH
+    for r in range(num_rows):
+        for g in range(group):
+            row = r * group + g
+            target = (first_row + r) * out_stride + (kv_head * group + g) * head_dim
+            for i in range(head_dim):
+                out[target + i] = queries[row * value_width + i] * sums[row]
+
+
+@njit(nogil=True)
+def argmax_row(logits, offset, size):  # type: ignore[no-untyped-def]
+    """Index of the largest value of one row, the lowest index on ties; a NaN anywhere gives -1."""
+    best = logits[offset]
+    for i in range(1, size):
+        best = max(best, logits[offset + i])
+    for i in range(size):
+        if logits[offset + i] == best:
+            return i
+    return -1

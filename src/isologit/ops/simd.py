@@ -1,0 +1,222 @@
+"""SIMD and threading primitives that Numba does not offer: the register-tile product, bit casts, atomics.
+
+Each function here emits LLVM IR for the host's vector width. Nothing here knows what a model is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+def _host_vector_width() -> int:
+    """float32 lanes of the widest vector register of this CPU."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16
+    return 8 if features.get("avx2") else 4
+
+
+VECTOR_WIDTH = _host_vector_width()
+PANEL_VECTORS = 2
+PANEL_WIDTH = PANEL_VECTORS * VECTOR_WIDTH  # output columns of one weight panel, and tokens of one KV block
+# Tallest tile whose accumulators, two weight vectors and one broadcast fit the register file (16 or 32 registers).
+TILE_ROWS = 12 if VECTOR_WIDTH == 16 else 6
+
+
+def use_versioned_cache() -> None:
+    """Keep compiled kernels in a folder named after the sources, so that an edited helper never meets a stale kernel.
+
+    Numba invalidates its cache by the file of the outermost function only.
+    """
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        return
+    digest = hashlib.sha256(numba.__version__.encode())
+    package = Path(__file__).parent.parent
+    for source in sorted([*package.glob("ops/*.py"), *package.glob("model/*.py")]):
+        digest.update(source.read_bytes())
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    numba.config.CACHE_DIR = str(root / "isologit" / f"kernels-{digest.hexdigest()[:16]}")
+
+
+use_versioned_cache()
+
+
+def _data_pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    return context.make_array(array_type)(context, builder, array).data
+
+
+def _load_weights(builder: Any, pointer: Any, storage: str) -> Any:
+    """One vector of weights widened exactly to float32."""
+    wide = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
+    if storage == "float32":
+        value = builder.load(builder.bitcast(pointer, wide.as_pointer()))
+        value.align = 4
+        return value
+    if storage == "float16":
+        narrow = ir.VectorType(ir.HalfType(), VECTOR_WIDTH)
+        value = builder.load(builder.bitcast(pointer, narrow.as_pointer()))
+        value.align = 2
+        return builder.fpext(value, wide)
+    bits16 = ir.VectorType(ir.IntType(16), VECTOR_WIDTH)
+    bits32 = ir.VectorType(ir.IntType(32), VECTOR_WIDTH)
+    value = builder.load(builder.bitcast(pointer, bits16.as_pointer()))
+    value.align = 2
+    shifted = builder.shl(builder.zext(value, bits32), ir.Constant(bits32, [16] * VECTOR_WIDTH))
+    return builder.bitcast(shifted, wide)
+
+
+_STORAGE_OF_DTYPE = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
+
+
+def make_tile_product(rows: int, *, add: bool, panels: int = 1) -> Any:
+    """Register-tile product `out[rows, PANEL_WIDTH] (+)= x[rows, K] @ w[K, PANEL_WIDTH]` as a Numba intrinsic.
+
+    Call: `tile(x, x_offset, x_stride, w, w_offset, w_stride, K, out, out_offset, out_stride)`; arrays are flat, offsets
+    and strides count elements; `x` and `out` are float32, `w` is float32, float16 bits (int16) or bfloat16 bits (uint16), and
+    is widened exactly. Every output element is one chain of fused multiply-adds in ascending k, whatever `rows` is: that is
+    why a row's result does not depend on what it is batched with. With `add` the chain is added to `out` at the end.
+
+    With `panels` > 1, `w_offset` is an int64 array of so many panel offsets and the results stand side by side in `out`:
+    short tiles need several chains in flight to hide the latency of the multiply-add.
+    """
+    unroll = 4
+    vectors = PANEL_VECTORS * panels
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(typing_context, x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride):  # type: ignore[no-untyped-def]
+        storage = _STORAGE_OF_DTYPE[w.dtype]
+        signature = types.void(x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride)
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            i64, i32 = ir.IntType(64), ir.IntType(32)
+            vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
+            lanes0 = ir.Constant(ir.VectorType(i32, VECTOR_WIDTH), [0] * VECTOR_WIDTH)
+            undefined = ir.Constant(vector, ir.Undefined)
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{VECTOR_WIDTH}f32"
+            )
+            values = [
+                _data_pointer(context, builder, t, a)
+                if isinstance(t, types.Array)
+                else context.cast(builder, a, t, types.int64)
+                for t, a in zip(signature.args, args, strict=True)
+            ]
+            x_ptr, x_off, x_ld, w_ptr, w_off, w_ld, depth, out_ptr, out_off, out_ld = values
+            x_rows = [builder.gep(x_ptr, [builder.add(x_off, builder.mul(x_ld, i64(r)))]) for r in range(rows)]
+            if panels == 1:
+                w_bases = [builder.gep(w_ptr, [w_off])]
+            else:
+                w_bases = [builder.gep(w_ptr, [builder.load(builder.gep(w_off, [i64(p)]))]) for p in range(panels)]
+
+            def loop(start: Any, step: int, limit: Any, initial: list[Any]) -> tuple[Any, list[Any]]:
+                """Emit `for k in range(start, limit, step)` over the accumulators; returns (k, accumulators) after it."""
+                before = builder.basic_block
+                head = builder.append_basic_block("tile.head")
+                body = builder.append_basic_block("tile.body")
+                done = builder.append_basic_block("tile.done")
+                builder.branch(head)
+                builder.position_at_end(head)
+                k = builder.phi(i64)
+                k.add_incoming(start, before)
+                sums = [builder.phi(vector) for _ in initial]
+                for phi, value in zip(sums, initial, strict=True):
+                    phi.add_incoming(value, before)
+                builder.cbranch(builder.icmp_signed("<", k, limit), body, done)
+                builder.position_at_end(body)
+                current = list(sums)
+                for u in range(step):
+                    ku = builder.add(k, i64(u))
+                    w_row = builder.mul(ku, w_ld)
+                    weights = [
+                        _load_weights(builder, builder.gep(base, [builder.add(w_row, i64(j * VECTOR_WIDTH))]), storage)
+                        for base in w_bases
+                        for j in range(PANEL_VECTORS)
+                    ]
+                    for r in range(rows):
+                        scalar = builder.load(builder.gep(x_rows[r], [ku]))
+                        spread = builder.shuffle_vector(
+                            builder.insert_element(undefined, scalar, i32(0)), undefined, lanes0
+                        )
+                        for j in range(vectors):
+                            index = r * vectors + j
+                            current[index] = builder.call(fma, [spread, weights[j], current[index]])
+                k.add_incoming(builder.add(k, i64(step)), builder.basic_block)
+                for phi, value in zip(sums, current, strict=True):
+                    phi.add_incoming(value, builder.basic_block)
+                builder.branch(head)
+                builder.position_at_end(done)
+                return k, sums
+
+            zeros = [ir.Constant(vector, [0.0] * VECTOR_WIDTH)] * (rows * vectors)
+            whole = builder.and_(depth, i64(-unroll))
+            k, sums = loop(i64(0), unroll, whole, zeros)
+            _, sums = loop(k, 1, depth, sums)
+            for r in range(rows):
+                for j in range(vectors):
+                    offset = builder.add(out_off, builder.add(builder.mul(out_ld, i64(r)), i64(j * VECTOR_WIDTH)))
+                    pointer = builder.bitcast(builder.gep(out_ptr, [offset]), vector.as_pointer())
+                    value = sums[r * vectors + j]
+                    if add:
+                        previous = builder.load(pointer)
+                        previous.align = 4
+                        value = builder.fadd(previous, value)
+                    builder.store(value, pointer).align = 4
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return tile
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def float_from_bits(typing_context, bits):  # type: ignore[no-untyped-def]
+    """Reinterpret an int32 as a float32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def atomic_add(typing_context, array, index, value):  # type: ignore[no-untyped-def]
+    """Add to `array[index]` (int64) as one indivisible operation; returns the value before."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]])
+        return builder.atomic_rmw("add", pointer, args[2], "seq_cst")
+
+    return types.int64(array, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def atomic_load(typing_context, array, index):  # type: ignore[no-untyped-def]
+    """Read `array[index]` (int64) as other threads see it."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]])
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return types.int64(array, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def yield_processor(typing_context):  # type: ignore[no-untyped-def]
+    """Offer this core to another runnable thread (POSIX `sched_yield`)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.IntType(32), []), "sched_yield")
+        builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
