@@ -326,11 +326,15 @@ def attention_tile(
 
 @njit(nogil=True)
 def argmax_row(logits, offset, size):  # type: ignore[no-untyped-def]
-    """Index of the largest value of one row, the lowest index on ties; a NaN anywhere gives -1."""
+    """Index of the largest value of one row, the lowest index on ties; -1 if any value is NaN."""
     best = logits[offset]
-    for i in range(1, size):
-        best = max(best, logits[offset + i])
+    clean = True
     for i in range(size):
-        if logits[offset + i] == best:
-            return i
+        value = logits[offset + i]
+        clean &= value == value
+        best = value if value > best else best
+    if clean:
+        for i in range(size):
+            if logits[offset + i] == best:
+                return i
     return -1

@@ -1,0 +1,89 @@
+"""Turns a `StepPlan` into tensors and runs the model on it. Decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from isologit.engine.scheduler import StepPlan
+from isologit.model.batch import FlatBatch
+
+
+class StepModel(Protocol):
+    """What the runner needs of a model."""
+
+    block_size: int
+
+    def forward(self, batch: FlatBatch) -> tuple[np.ndarray, np.ndarray]:
+        """(logits float32 [R, vocab], argmax int64 [R]) of one step; views valid until the next call."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Rows of one step. `first_rows[i]` is the first logits row of the plan's i-th sequence."""
+
+    logits: np.ndarray  # float32 [R, vocab]
+    argmax: np.ndarray  # int64 [R]
+    first_rows: list[int]
+
+
+class Runner:
+    """Builds flat batches; keeps each running sequence's block table as an array."""
+
+    def __init__(self, model: StepModel) -> None:
+        self.model = model
+        self._tables: dict[str, np.ndarray] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step of the model."""
+        batch, first_rows = self.build(plan)
+        logits, argmax = self.model.forward(batch)
+        return StepResult(logits, argmax, first_rows)
+
+    def forget(self, request_id: str) -> None:
+        """The sequence has left: drop its block table."""
+        self._tables.pop(request_id, None)
+
+    def build(self, plan: StepPlan) -> tuple[FlatBatch, list[int]]:
+        """Flat batch of a plan, and the index of each sequence's first logits row."""
+        num_sequences = len(plan.sequences)
+        token_ids: list[int] = []
+        sequences = np.empty((num_sequences, 3), np.int64)
+        first_rows: list[int] = []
+        logits_rows: list[int] = []
+        tables: list[np.ndarray] = []
+        for i, scheduled in enumerate(plan.sequences):
+            seq, start = scheduled.seq, scheduled.start
+            sequences[i] = (len(token_ids), scheduled.num_tokens, start)
+            drafts = scheduled.draft_token_ids
+            if scheduled.num_tokens == 1:
+                token_ids.append(seq.token_ids[start])
+            else:
+                token_ids += seq.token_ids[start : start + scheduled.num_tokens - len(drafts)]
+                token_ids += drafts
+            first_rows.append(len(logits_rows))
+            logits_rows += range(len(token_ids) - scheduled.num_logits, len(token_ids))
+            table = self._tables.get(seq.request.request_id)
+            if table is None:
+                table = self._tables[seq.request.request_id] = np.asarray(seq.block_ids, np.int64)
+            tables.append(table)
+        lengths = [len(table) for table in tables]
+        block_tables = np.zeros((num_sequences, max(lengths)), np.int64)
+        filled = np.arange(block_tables.shape[1]) < np.asarray(lengths)[:, None]
+        block_tables[filled] = np.concatenate(tables)
+        counts = sequences[:, 1]
+        owner = np.repeat(np.arange(num_sequences), counts)
+        positions = np.arange(len(token_ids)) - sequences[owner, 0] + sequences[owner, 2]
+        block_size = self.model.block_size
+        slots = block_tables[owner, positions // block_size] * block_size + positions % block_size
+        batch = FlatBatch(
+            token_ids=np.asarray(token_ids, np.int64),
+            positions=positions,
+            slots=slots,
+            sequences=sequences,
+            block_tables=block_tables,
+            logits_rows=np.asarray(logits_rows, np.int64),
+        )
+        return batch, first_rows

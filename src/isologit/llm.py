@@ -1,0 +1,350 @@
+"""The offline API: `LLM(model).generate(prompts, SamplingParams(...))`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from isologit.config import EngineConfig, ModelConfig, SpeculativeConfig, load_model_config
+from isologit.engine.blocks import BlockPool
+from isologit.engine.loop import EngineLoop, StepRecord
+from isologit.engine.planner import Plan, StepCost, plan
+from isologit.engine.request import GenerationRequest, RequestMetrics, RequestOutput, SamplingParams
+from isologit.engine.runner import Runner
+from isologit.engine.scheduler import Scheduler, SchedulerConfig
+from isologit.engine.speculation import NGramProposer
+from isologit.errors import ConfigError, RequestError
+from isologit.model.batch import FlatBatch
+from isologit.model.checkpoint import Checkpoint, open_checkpoint
+from isologit.model.dummy import dummy_checkpoint
+from isologit.model.llama_cpu import LlamaCPU
+from isologit.model.tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | Mapping[str, Any]
+
+_CALIBRATION_ROWS = (1, 8, 32, 128)
+_PREFIX_CACHE_BLOCKS = 64  # blocks beyond what running requests can need, so that finished prefixes stay a while
+_DEFAULT_KV_SHARE = 0.5  # of the memory that is free when the model is loaded
+
+
+class LLM:
+    """A model, ready to generate.
+
+    model: Hugging Face LLaMA folder, MindFormers checkpoint, or with `load_format="dummy"` a preset name or config.json.
+    tokenizer: folder or file, when it is not in the model's folder. `max_num_seqs` (running slots) and
+    `max_num_batched_tokens` (tokens of one step) are chosen by the planner when None. `speculative_config`: None, or a
+    dictionary of `SpeculativeConfig` fields. Weights are float32 or widened exactly to it; all arithmetic is float32.
+
+    Raises ModelError for a checkpoint that cannot be loaded, ConfigError for invalid options.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        load_format: str = "auto",
+        qkv_layout: str | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        longest_first: bool = True,
+        speculative_config: Mapping[str, Any] | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        num_threads: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.engine_config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            longest_first=longest_first,
+            speculative=None if speculative_config is None else SpeculativeConfig(**speculative_config),
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            num_threads=num_threads,
+            seed=seed,
+        )
+        self.checkpoint = _open(model, load_format, qkv_layout, seed)
+        self.config: ModelConfig = self.checkpoint.config
+        self.tokenizer: Tokenizer | None = load_tokenizer(Path(tokenizer) if tokenizer else self.checkpoint.source)
+        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        self.max_model_len = self.config.max_position_embeddings
+        self._model = LlamaCPU(
+            self.config,
+            self.checkpoint.tensors,
+            max_model_len=self.max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens or 1,
+            num_threads=self.num_threads,
+        )
+        self._reserved_tokens = max_num_batched_tokens or 1
+        budget = kv_cache_memory_bytes or int(psutil.virtual_memory().available * _DEFAULT_KV_SHARE)
+        self.max_kv_blocks = budget // self._model.kv_bytes_per_block()
+        self._num_kv_blocks = 0
+        self._step_cost: StepCost | None = None
+        self._row_seconds: np.ndarray | None = None
+        self._loop: EngineLoop | None = None
+        self.last_plan: Plan | None = None
+        self.step_records: list[StepRecord] = []
+
+    def close(self) -> None:
+        """Free the worker threads."""
+        self._model.close()
+
+    # -- what can run ---------------------------------------------------------------------------------------------
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise RequestError when the request can never run on this model."""
+        ids, max_tokens = request.prompt_token_ids, request.params.max_tokens
+        if not ids:
+            raise RequestError(f"request {request.request_id}: the prompt is empty; give at least one token")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise RequestError(
+                f"request {request.request_id}: a prompt token id is outside 0..{self.config.vocab_size - 1}; "
+                "use the model's own tokenizer"
+            )
+        for token in request.replay_token_ids or ():
+            if not 0 <= token < self.config.vocab_size:
+                raise RequestError(f"request {request.request_id}: replayed token {token} is not in the vocabulary")
+        if len(ids) + max_tokens > self.max_model_len:
+            raise RequestError(
+                f"request {request.request_id}: {len(ids)} prompt tokens and {max_tokens} new ones exceed the model's "
+                f"context of {self.max_model_len}; shorten the prompt or max_tokens"
+            )
+        if request.params.stop and self.tokenizer is None:
+            raise RequestError(f"request {request.request_id}: stop strings need a tokenizer; use stop_token_ids")
+        if self._blocks_of(request) > self.max_kv_blocks:
+            raise RequestError(
+                f"request {request.request_id}: its keys and values need "
+                f"{self._blocks_of(request) * self._model.kv_bytes_per_block() >> 20} MiB and only "
+                f"{self.max_kv_blocks * self._model.kv_bytes_per_block() >> 20} MiB are available; "
+                "shorten it or raise kv_cache_memory_bytes"
+            )
+
+    def _blocks_of(self, request: GenerationRequest) -> int:
+        tokens = len(request.prompt_token_ids) + request.params.max_tokens - 1
+        return -(-tokens // self._model.block_size)
+
+    # -- generating -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for every prompt and return the outputs in the order of the prompts.
+
+        A prompt is a string or `{"prompt_token_ids": [...]}`; `sampling_params` is one for all or one each. Raises
+        RequestError if a prompt can never run. `use_tqdm` shows a progress bar when standard error is a terminal.
+        """
+        listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(listed)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(listed):
+            raise RequestError(f"{len(listed)} prompts but {len(params)} sampling_params; give one each, or one for all")
+        requests = [self.make_request(str(i), p, s) for i, (p, s) in enumerate(zip(listed, params, strict=True))]
+        outputs: dict[str, RequestOutput] = {}
+        for output in _with_progress(self.run(requests), len(requests), use_tqdm and sys.stderr.isatty()):
+            outputs[output.request_id] = output
+        return [outputs[request.request_id] for request in requests]
+
+    def make_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> GenerationRequest:
+        """A request from a string or `{"prompt_token_ids": [...]}`."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError('this model has no tokenizer; give {"prompt_token_ids": [...]} instead of text')
+            if not prompt:
+                raise RequestError(f"request {request_id}: the prompt is empty; give at least one character")
+            return GenerationRequest(request_id, self.tokenizer.encode(prompt), params, prompt=prompt)
+        if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
+            raise RequestError(f'request {request_id}: a prompt is a string or {{"prompt_token_ids": [...]}}')
+        text = prompt.get("prompt")
+        return GenerationRequest(request_id, [int(i) for i in prompt["prompt_token_ids"]], params, prompt=text)
+
+    def run(self, requests: Iterable[GenerationRequest]) -> Iterator[RequestOutput]:
+        """Run known requests with a plan made for them; yields each as it finishes. The prefix cache starts empty.
+
+        Raises RequestError before any work if one request can never run or an id appears twice.
+        """
+        queue = list(requests)
+        seen: set[str] = set()
+        for request in queue:
+            self.check(request)
+            if request.request_id in seen:
+                raise RequestError(f"request id {request.request_id} appears twice; ids must be unique")
+            seen.add(request.request_id)
+        return self._run(queue)
+
+    def _run(self, queue: list[GenerationRequest]) -> Iterator[RequestOutput]:
+        zero = time.perf_counter()
+        self.step_records = []
+        if not queue:
+            return
+        chosen = self.last_plan = self.plan(queue)
+        loop = self._loop = self._make_loop(queue, chosen, zero)
+        self.step_records = loop.step_records
+        for index in chosen.order:
+            loop.add(queue[index])
+        try:
+            while loop.has_work():
+                yield from loop.step()
+                self._price_drafts(loop)
+        finally:
+            self._loop = None
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Cancel a request of the run in progress; returns what it had, or None if it is not running."""
+        return None if self._loop is None else self._loop.abort(request_id)
+
+    def plan(self, requests: Sequence[GenerationRequest]) -> Plan:
+        """Slots, token budget, order, and predicted steps and seconds for these requests."""
+        options = self.engine_config
+        lengths = [(len(r.prompt_token_ids), _expected_tokens(r)) for r in requests]
+        return plan(
+            lengths,
+            num_blocks=self.max_kv_blocks,
+            block_size=self._model.block_size,
+            cost=self._cost(),
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            longest_first=options.longest_first,
+        )
+
+    def _make_loop(self, queue: list[GenerationRequest], chosen: Plan, zero_s: float) -> EngineLoop:
+        needs = sorted((self._blocks_of(request) for request in queue), reverse=True)
+        num_blocks = min(self.max_kv_blocks, sum(needs[: chosen.max_num_seqs]) + _PREFIX_CACHE_BLOCKS)
+        if num_blocks > self._num_kv_blocks:
+            self._model.allocate_kv(num_blocks)
+            self._num_kv_blocks = num_blocks
+        if chosen.max_num_batched_tokens > self._reserved_tokens:
+            self._model.reserve(chosen.max_num_batched_tokens)
+            self._reserved_tokens = chosen.max_num_batched_tokens
+        speculative = self.engine_config.speculative
+        proposer = None
+        if speculative is not None:
+            proposer = NGramProposer(
+                max_ngram=speculative.prompt_lookup_max,
+                min_ngram=speculative.prompt_lookup_min,
+                max_draft=speculative.num_speculative_tokens,
+            )
+        pool = BlockPool(
+            num_blocks, self._model.block_size, enable_prefix_caching=self.engine_config.enable_prefix_caching
+        )
+        config = SchedulerConfig(
+            max_num_seqs=chosen.max_num_seqs,
+            max_num_batched_tokens=chosen.max_num_batched_tokens,
+            eos_token_ids=self.config.eos_token_ids,
+            max_model_len=self.max_model_len,
+        )
+        scheduler = Scheduler(config, pool, proposer)
+        return EngineLoop(scheduler, Runner(self._model), self.tokenizer, seed=self.engine_config.seed, zero_s=zero_s)
+
+    def _price_drafts(self, loop: EngineLoop) -> None:
+        """Tell the proposer what one more row costs now, in units of what a token costs now."""
+        proposer = loop.scheduler.proposer
+        if not isinstance(proposer, NGramProposer) or self._row_seconds is None or not loop.step_records:
+            return
+        rows = max(1, min(loop.scheduler.num_running, len(self._row_seconds) - 2))
+        now, more = self._row_seconds[rows], self._row_seconds[rows + 1]
+        proposer.marginal_row_cost = float((more - now) / (now / rows))
+
+    # -- speed ----------------------------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Compile the kernels and measure what steps of different sizes cost (about two seconds once compiled)."""
+        rows = [r for r in _CALIBRATION_ROWS if r == 1 or r <= (self.engine_config.max_num_seqs or 128)]
+        self._model.allocate_kv(max(rows) + 1)
+        self._num_kv_blocks = max(rows) + 1
+        if max(rows) > self._reserved_tokens:
+            self._model.reserve(max(rows))
+            self._reserved_tokens = max(rows)
+        seconds = []
+        for count in rows:
+            batch = _calibration_batch(count, self.config.vocab_size, self._model.block_size)
+            self._model.forward(batch)
+            times: list[float] = []
+            while len(times) < 2 or (len(times) < 7 and sum(times) < 0.2):
+                start = time.perf_counter()
+                self._model.forward(batch)
+                times.append(time.perf_counter() - start)
+            seconds.append(float(np.median(times)))
+        grid = np.arange(max(rows) + 1)
+        self._row_seconds = np.interp(grid, rows, np.maximum.accumulate(seconds))
+        per_row = max(seconds[-1] / rows[-1], 1e-9)
+        self._step_cost = StepCost(fixed_s=0.0, per_row_s=per_row, stream_s=seconds[0])
+
+    def _cost(self) -> StepCost:
+        if self._step_cost is None:
+            self.warm_up()
+        assert self._step_cost is not None
+        return self._step_cost
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: slots, budget, dtype, kernels, threads."""
+        options, last = self.engine_config, self.last_plan
+        return {
+            "device": "cpu",
+            "kernels": "numba",
+            "compute_dtype": "float32",
+            "weights_dtype": self._model.storage,
+            "weight_bytes": self._model.weight_bytes(),
+            "block_size": self._model.block_size,
+            "num_kv_blocks": self._num_kv_blocks,
+            "kv_bytes": self._num_kv_blocks * self._model.kv_bytes_per_block(),
+            "num_threads": self.num_threads,
+            "max_num_seqs": last.max_num_seqs if last else options.max_num_seqs,
+            "max_num_batched_tokens": last.max_num_batched_tokens if last else options.max_num_batched_tokens,
+            "enable_prefix_caching": options.enable_prefix_caching,
+            "order": "longest-first" if options.longest_first else "given",
+            "num_speculative_tokens": options.speculative.num_speculative_tokens if options.speculative else 0,
+        }
+
+
+def _open(model: str | Path, load_format: str, qkv_layout: str | None, seed: int) -> Checkpoint:
+    if load_format == "dummy":
+        return dummy_checkpoint(load_model_config(model), seed=seed)
+    if load_format != "auto":
+        raise ConfigError(f'load_format "{load_format}" is unknown; use "auto" or "dummy"')
+    return open_checkpoint(Path(model), qkv_layout=qkv_layout)
+
+
+def _expected_tokens(request: GenerationRequest) -> int:
+    if request.replay_token_ids is not None:
+        return max(1, min(len(request.replay_token_ids), request.params.max_tokens))
+    return request.params.max_tokens
+
+
+def _calibration_batch(rows: int, vocab_size: int, block_size: int) -> FlatBatch:
+    """`rows` decode tokens of as many sequences, each with a context of one block."""
+    index = np.arange(rows)
+    position = block_size - 1
+    return FlatBatch(
+        token_ids=index % vocab_size,
+        positions=np.full(rows, position),
+        slots=(index + 1) * block_size + position,
+        sequences=np.stack([index, np.ones_like(index), np.full(rows, position)], axis=1),
+        block_tables=(index + 1)[:, None],
+        logits_rows=index,
+    )
+
+
+def _with_progress(outputs: Iterator[RequestOutput], total: int, show: bool) -> Iterator[RequestOutput]:
+    if not show:
+        yield from outputs
+        return
+    from rich.progress import track
+
+    yield from track(outputs, total=total, description="requests")
+
+
+__all__ = ["LLM", "GenerationRequest", "RequestMetrics", "RequestOutput", "SamplingParams"]

@@ -1,0 +1,1 @@
+"""Numeric operations: definitions, kernels and the registry that ties them."""

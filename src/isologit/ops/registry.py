@@ -1,0 +1,191 @@
+"""Every numeric operation once: what it means, inputs to try it on, how close providers must come, and who provides it.
+
+The reference definition is plain torch in float64; a provider is a function of the same arguments. One parametrised
+test walks this registry, so a new provider is checked by being listed here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from isologit.ops import cpu
+from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: `reference(**inputs)`, `make_inputs(generator)`, absolute tolerance, providers by name."""
+
+    name: str
+    reference: Callable[..., torch.Tensor]
+    make_inputs: Callable[[torch.Generator], Inputs]
+    tolerance: float
+    providers: dict[str, Callable[..., torch.Tensor]]
+
+
+def _flat(x: torch.Tensor) -> np.ndarray:
+    return x.contiguous().numpy().reshape(-1).copy()
+
+
+def _linear_inputs(generator: torch.Generator) -> Inputs:
+    rows = int(torch.randint(1, 20, (1,), generator=generator))
+    return {
+        "x": torch.randn(rows, 70, generator=generator),
+        "weight": torch.randn(45, 70, generator=generator).half().float(),
+    }
+
+
+def _linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[T, in] x [out, in] -> [T, out]."""
+    return x @ weight.T
+
+
+def linear_numba(x: torch.Tensor, weight: torch.Tensor, storage: str = "float32") -> torch.Tensor:
+    """One thread's packed product; `weight` must be exact in `storage`."""
+    panels = cpu.pack_weight(weight, storage)
+    out = np.zeros((x.shape[0], panels.shape[0] * PANEL_WIDTH), np.float32)
+    scratch, counters = np.zeros(cpu.TILE_SCRATCH, np.float32), np.zeros(1, np.int64)
+    cpu.linear(
+        _flat(x), x.shape[1], x.shape[0], x.shape[1], panels, out.reshape(-1), out.shape[1], cpu.STORE, scratch, counters, 0
+    )
+    return torch.from_numpy(out[:, : weight.shape[0]])
+
+
+def _norm_inputs(generator: torch.Generator) -> Inputs:
+    return {"x": torch.randn(5, 96, generator=generator) * 3, "gain": torch.randn(96, generator=generator), "eps": 1e-5}
+
+
+def _norm_reference(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    """[T, H] -> [T, H]: x / sqrt(mean(x^2) + eps) * gain."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain
+
+
+def rms_norm_numba(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    """Row by row with the CPU kernel."""
+    out, flat, width = np.zeros(x.numel(), np.float32), _flat(x), x.shape[1]
+    for row in range(x.shape[0]):
+        cpu.rms_norm_row(flat, row * width, gain.numpy(), width, np.float32(eps), out, row * width)
+    return torch.from_numpy(out).view_as(x)
+
+
+def _swiglu_inputs(generator: torch.Generator) -> Inputs:
+    return {
+        "gate": torch.randn(TILE_ROWS, VECTOR_WIDTH, generator=generator) * 8,
+        "up": torch.randn(TILE_ROWS, VECTOR_WIDTH, generator=generator),
+    }
+
+
+def _swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, elementwise (Shazeer 2020)."""
+    return gate * torch.sigmoid(gate) * up
+
+
+def swiglu_numba(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """One tile whose panel holds gate columns, then up columns."""
+    out = np.zeros(gate.numel(), np.float32)
+    cpu.swiglu_tile(_flat(torch.cat([gate, up], dim=1)), gate.shape[0], out, 0, VECTOR_WIDTH)
+    return torch.from_numpy(out).view_as(gate)
+
+
+def _attention_inputs(generator: torch.Generator) -> Inputs:
+    heads = int(torch.randint(1, 4, (1,), generator=generator))
+    group = int(torch.randint(1, 5, (1,), generator=generator))
+    length = int(torch.randint(1, 90, (1,), generator=generator))
+    dim = 2 * int(torch.randint(2, 35, (1,), generator=generator))
+    return {
+        "q": torch.randn(length, heads * group, dim, generator=generator),
+        "k": torch.randn(length, heads, dim, generator=generator),
+        "v": torch.randn(length, heads, dim, generator=generator),
+        "cos": torch.rand(length, dim // 2, generator=generator) * 2 - 1,
+        "sin": torch.rand(length, dim // 2, generator=generator) * 2 - 1,
+    }
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, dim=-1)
+    c, s = cos[:, None, :], sin[:, None, :]
+    return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
+
+
+def _attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Rotary embedding and causal grouped-query attention: q [T, heads, D], k and v [T, kv heads, D] -> [T, heads, D]."""
+    group = q.shape[1] // k.shape[1]
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin).repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[-1])
+    hidden = torch.ones(scores.shape[1:]).triu(1).bool()
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
+
+
+def paged_attention_numba(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """The sequence through scattered cache blocks, in tiles of as many tokens as the step would use."""
+    length, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    width = -(-dim // PANEL_WIDTH) * PANEL_WIDTH
+    blocks = -(-length // PANEL_WIDTH)
+    table = np.arange(blocks, 0, -1)
+    cache = np.full(((blocks + 1) * kv_heads * PANEL_WIDTH * dim), np.nan, np.float32)
+    values = np.zeros((blocks + 1) * kv_heads * PANEL_WIDTH * width, np.float32)
+    qkv = _flat(torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=1))
+    stride = (heads + 2 * kv_heads) * dim
+    for row in range(length):
+        slot = table[row // PANEL_WIDTH] * PANEL_WIDTH + row % PANEL_WIDTH
+        cpu.rotate_and_cache_row(
+            qkv, row * stride, row, slot, heads, kv_heads, dim, width, _flat(cos), _flat(sin), cache, values
+        )
+    group = heads // kv_heads
+    step = max(1, TILE_ROWS // group)
+    out = np.zeros(length * heads * dim, np.float32)
+    queries = np.zeros(step * group * width, np.float32)
+    scores = np.zeros((step * group, (blocks + 1) * PANEL_WIDTH), np.float32)
+    for first in range(0, length, step):
+        for head in range(kv_heads):
+            cpu.attention_tile(
+                qkv, stride, first, min(step, length - first), first, table, head, heads, kv_heads, dim, width,
+                cache, values, out, heads * dim, queries, scores.reshape(-1), scores.shape[1],
+                np.zeros(step * group, np.float32), np.zeros(cpu.COUNTER_STRIDE, np.int64),
+            )  # fmt: skip
+    return torch.from_numpy(out).view(length, heads, dim)
+
+
+def _argmax_inputs(generator: torch.Generator) -> Inputs:
+    return {"logits": torch.randint(-20, 20, (6, 301), generator=generator).float()}
+
+
+def _argmax_reference(logits: torch.Tensor) -> torch.Tensor:
+    """[R, V] -> [R]: the lowest index of the largest value."""
+    return (logits == logits.max(-1, keepdim=True).values).int().argmax(-1)
+
+
+def argmax_numba(logits: torch.Tensor) -> torch.Tensor:
+    """Row by row with the CPU kernel."""
+    flat, width = _flat(logits), logits.shape[1]
+    return torch.tensor([cpu.argmax_row(flat, row * width, width) for row in range(logits.shape[0])])
+
+
+def _linear_float16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return linear_numba(x, weight, "float16")
+
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op("linear", _linear_reference, _linear_inputs, 2e-5, {"numba": linear_numba, "numba-float16": _linear_float16}),
+        Op("rms_norm", _norm_reference, _norm_inputs, 1e-5, {"numba": rms_norm_numba}),
+        Op("swiglu", _swiglu_reference, _swiglu_inputs, 1e-5, {"numba": swiglu_numba}),
+        Op("paged_attention", _attention_reference, _attention_inputs, 1e-5, {"numba": paged_attention_numba}),
+        Op("argmax", _argmax_reference, _argmax_inputs, 0.0, {"numba": argmax_numba}),
+    )
+}
