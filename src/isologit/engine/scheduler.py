@@ -1,0 +1,321 @@
+"""Who runs in the next step, and what came of it. Plain ints and lists; knows nothing of tensors, text or time.
+
+Every sequence is admitted with all the blocks it can ever need, so nothing that runs is ever pushed out again. The
+queue is served in the order of `add`; the planner decides that order beforehand.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from isologit.engine.blocks import BlockPool
+from isologit.engine.request import Sequence, SequenceStatus
+from isologit.engine.speculation import Proposer
+from isologit.errors import ConfigError, RequestError
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of a step, validated when built (ConfigError)."""
+
+    max_num_seqs: int  # running slots
+    max_num_batched_tokens: int  # rows of one step
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int  # prompt and output tokens of one request
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running request needs one token a step"
+            )
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """A sequence's part of a step: `num_tokens` rows from position `start` on, the drafts last.
+
+    Fed are `seq.token_ids[start : start + num_tokens - len(draft_token_ids)] + draft_token_ids`. `num_logits` counts
+    the last rows whose logits choose tokens: 0 if the chunk ends before the known tokens do, else 1 + number of drafts.
+    `num_accepted` is set by `commit`: tokens the sequence gained.
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    draft_token_ids: list[int]
+    num_logits: int
+    num_accepted: int = 0
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: which sequences feed which tokens, and how many rows that makes."""
+
+    sequences: list[ScheduledSequence]
+    num_tokens: int
+
+
+class Scheduler:
+    """Queue, running sequences, and the rules by which tokens are fed and accepted."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockPool, proposer: Proposer | None = None) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.proposer = proposer
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[str, Sequence] = {}
+        self._live: dict[str, Sequence] = {}  # waiting, running, or finished and not yet handed out
+        self._unreported: list[Sequence] = []  # finished without a step
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return len(self._waiting)
+
+    def has_work(self) -> bool:
+        """Whether another `schedule` has anything to do."""
+        return bool(self._running or self._waiting or self._unreported)
+
+    def add(self, seq: Sequence) -> None:
+        """Put a sequence at the end of the queue. Raises RequestError if it can never run or its id is in use."""
+        request = seq.request
+        if request.request_id in self._live:
+            raise RequestError(f"request id {request.request_id} is in use; ids must be unique")
+        if not seq.token_ids:
+            raise RequestError(f"request {request.request_id}: the prompt is empty; give at least one token")
+        if seq.max_total_tokens > self.config.max_model_len:
+            raise RequestError(
+                f"request {request.request_id}: {seq.max_total_tokens} tokens of prompt and output exceed the context "
+                f"of {self.config.max_model_len}; shorten the prompt or max_tokens"
+            )
+        if self._num_blocks_of(seq) > self.blocks.num_blocks:
+            raise RequestError(
+                f"request {request.request_id}: needs {self._num_blocks_of(seq)} key/value blocks and there are "
+                f"{self.blocks.num_blocks}; shorten it or give more key/value memory"
+            )
+        if seq.forced_tokens is None:
+            eos = () if request.params.ignore_eos else self.config.eos_token_ids
+            seq.stop_ids = frozenset([*eos, *request.params.stop_token_ids])
+        self._live[request.request_id] = seq
+        self._waiting.append(seq)
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """End a waiting or running sequence with reason "abort" and return it; None if there is none."""
+        seq = self._live.get(request_id)
+        if seq is None or seq.status is SequenceStatus.FINISHED:
+            return None
+        if seq.status is SequenceStatus.WAITING:
+            self._waiting.remove(seq)
+        self.finish(seq, "abort")
+        return seq
+
+    def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a sequence; its slot and blocks are free at once."""
+        request_id = seq.request.request_id
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+        seq.stop_reason = stop_reason
+        del self._live[request_id]
+        if self._running.pop(request_id, None) is not None:
+            self.blocks.release(seq.block_ids)
+            seq.block_ids = []
+            if self.proposer is not None:
+                self.proposer.forget(seq)
+
+    def take_finished(self) -> list[Sequence]:
+        """Sequences that finished without a step (an empty replay) and that no `commit` has returned yet."""
+        finished, self._unreported = self._unreported, []
+        return finished
+
+    # -- before a step --------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if nothing is left to compute.
+
+        First one row (and its drafts) for every sequence that generates, then further prompt chunks of admitted
+        sequences, then new sequences from the queue while slots, rows and blocks last.
+        """
+        scheduled: list[ScheduledSequence] = []
+        prefilling: list[Sequence] = []
+        for seq in self._running.values():
+            start = seq.num_computed_tokens
+            if start + 1 == len(seq.token_ids):
+                scheduled.append(ScheduledSequence(seq, start, 1, [], 1))
+            else:
+                prefilling.append(seq)
+        budget = self.config.max_num_batched_tokens - len(scheduled)
+        if self.proposer is not None:
+            # NOTE: a row is kept for each unfinished prompt, so drafts cannot bring prefill to a halt.
+            budget -= self._add_drafts(self.proposer, scheduled, budget - len(prefilling))
+        for seq in prefilling:
+            budget -= _add_chunk(scheduled, seq, budget)
+        while self._waiting and budget > 0 and len(self._running) < self.config.max_num_seqs:
+            seq = self._waiting[0]
+            if seq.max_total_tokens == seq.num_prompt_tokens:
+                self._waiting.popleft()
+                self.finish(seq, "length")
+                self._unreported.append(seq)
+                continue
+            if not self._admit(seq):
+                break
+            budget -= _add_chunk(scheduled, seq, budget)
+        if not scheduled:
+            if self._waiting or self._running:
+                raise AssertionError("work is left but nothing can be scheduled")
+            return None
+        return StepPlan(scheduled, self.config.max_num_batched_tokens - budget)
+
+    def _add_drafts(self, proposer: Proposer, scheduled: list[ScheduledSequence], budget: int) -> int:
+        """Extend decode rows by drafts; returns the rows that took."""
+        num_drafts = 0
+        for entry in scheduled:
+            seq = entry.seq
+            params = seq.request.params
+            # NOTE: where the token is not the row's plain argmax (a draw, a penalty, a masked end) a draft cannot be
+            # verified against the argmax.
+            if seq.forced_tokens is None and not (
+                params.greedy and params.repetition_penalty == 1.0 and seq.num_output_tokens >= params.min_tokens
+            ):
+                continue
+            limit = min(budget - num_drafts, seq.max_total_tokens - len(seq.token_ids) - 1)
+            if limit < 1:
+                continue
+            drafts = proposer.propose(seq, limit)
+            if drafts:
+                entry.draft_token_ids = drafts
+                entry.num_tokens = entry.num_logits = 1 + len(drafts)
+                num_drafts += len(drafts)
+        return num_drafts
+
+    def _num_blocks_of(self, seq: Sequence) -> int:
+        # The last output token is never fed, so its keys and values need no room.
+        return -(-(seq.max_total_tokens - 1) // self.blocks.block_size)
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Give the head of the queue a slot and all its blocks; False, changing nothing, if they do not suffice."""
+        blocks, needed = self.blocks, self._num_blocks_of(seq)
+        if needed - (seq.num_prompt_tokens - 1) // blocks.block_size > blocks.num_free:
+            return False
+        shared = blocks.match_prefix(seq.token_ids)
+        if not blocks.can_allocate(needed - len(shared), shared):
+            return False
+        self._waiting.popleft()
+        blocks.acquire(shared)
+        seq.block_ids = shared + blocks.allocate(needed - len(shared))
+        seq.num_registered_blocks = len(shared)
+        seq.num_cached_tokens = seq.num_computed_tokens = len(shared) * blocks.block_size
+        seq.status = SequenceStatus.RUNNING
+        self._running[seq.request.request_id] = seq
+        return True
+
+    # -- after a step ---------------------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, chosen: list[list[int]]) -> list[Sequence]:
+        """Take over a step's result; returns the sequences that are finished.
+
+        `chosen[i]` holds the token chosen after each of the `num_logits` rows of `plan.sequences[i]`. Recorded tokens
+        replace them in a replay. Drafts are accepted as far as they agree, and the first choice after them comes on
+        top. Sequences aborted since `schedule` are passed over.
+        """
+        finished = self.take_finished()
+        caching, block_size = self.blocks.enable_prefix_caching, self.blocks.block_size
+        running = SequenceStatus.RUNNING
+        for entry, tokens in zip(plan.sequences, chosen, strict=True):
+            seq = entry.seq
+            if len(tokens) != entry.num_logits:
+                raise AssertionError(f"{len(tokens)} chosen tokens for {entry.num_logits} rows of logits")
+            if seq.status is not running:
+                continue
+            ended = False
+            if tokens:
+                if seq.forced_tokens is not None:
+                    begin = len(seq.token_ids) - seq.num_prompt_tokens
+                    tokens = seq.forced_tokens[begin : begin + entry.num_logits]
+                if entry.draft_token_ids:
+                    tokens = self._verify(entry, tokens)
+                ended = self._append(entry, tokens)
+                computed = len(seq.token_ids) - 1
+            else:
+                computed = entry.start + entry.num_tokens
+            seq.num_computed_tokens = computed
+            if caching and computed >= (seq.num_registered_blocks + 1) * block_size:
+                self._register_full_blocks(seq)
+            if ended:
+                finished.append(seq)
+        for seq in finished:
+            if seq.status is running:
+                self.finish(seq, seq.finish_reason or "length", seq.stop_reason)
+        return finished
+
+    def _verify(self, entry: ScheduledSequence, tokens: list[int]) -> list[int]:
+        """The chosen tokens whose rows were fed with right drafts only."""
+        accepted = 0
+        for draft, token in zip(entry.draft_token_ids, tokens, strict=False):
+            if draft != token:
+                break
+            accepted += 1
+        if self.proposer is not None:
+            self.proposer.observe(entry.seq, len(entry.draft_token_ids), accepted)
+        return tokens[: accepted + 1]
+
+    def _append(self, entry: ScheduledSequence, tokens: list[int]) -> bool:
+        """Append tokens up to one that ends the sequence; returns whether it ended, and notes why."""
+        seq = entry.seq
+        known = seq.token_ids
+        before = len(known)
+        for token in tokens:
+            known.append(token)
+            if token in seq.stop_ids:
+                params = seq.request.params
+                if len(known) - seq.num_prompt_tokens > params.min_tokens:
+                    is_eos = token in self.config.eos_token_ids and not params.ignore_eos
+                    seq.finish_reason, seq.stop_reason = "stop", None if is_eos else token
+                    break
+        entry.num_accepted = len(known) - before
+        if seq.finish_reason is None and len(known) >= seq.max_total_tokens:
+            recorded = seq.forced_tokens
+            complete = recorded is not None and seq.max_total_tokens == seq.num_prompt_tokens + len(recorded)
+            seq.finish_reason = "stop" if complete and known[-1] in self.config.eos_token_ids else "length"
+        return seq.finish_reason is not None
+
+    def _register_full_blocks(self, seq: Sequence) -> None:
+        size = self.blocks.block_size
+        for i in range(seq.num_registered_blocks, seq.num_computed_tokens // size):
+            parent = seq.block_ids[i - 1] if i else None
+            self.blocks.register(seq.block_ids[i], parent, seq.token_ids[i * size : (i + 1) * size])
+            seq.num_registered_blocks = i + 1
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless slots, blocks and counters of all sequences add up."""
+        self.blocks.check_integrity([seq.block_ids for seq in self._running.values()])
+        if len(self._running) > self.config.max_num_seqs:
+            raise AssertionError(f"{len(self._running)} sequences run in {self.config.max_num_seqs} slots")
+        listed = [seq.request.request_id for seq in self._waiting] + list(self._running)
+        if sorted(listed) != sorted(self._live):
+            raise AssertionError("a live sequence is neither waiting nor running, or both")
+        for seq in self._running.values():
+            name = f"request {seq.request.request_id}"
+            if len(seq.block_ids) != self._num_blocks_of(seq):
+                raise AssertionError(f"{name} holds {len(seq.block_ids)} blocks instead of {self._num_blocks_of(seq)}")
+            if not seq.num_cached_tokens <= seq.num_computed_tokens < len(seq.token_ids) < seq.max_total_tokens:
+                raise AssertionError(f"{name}: {seq.num_computed_tokens} of {len(seq.token_ids)} tokens computed")
+
+
+def _add_chunk(scheduled: list[ScheduledSequence], seq: Sequence, budget: int) -> int:
+    """Feed as much of the known tokens as the budget allows; returns the rows that took."""
+    start = seq.num_computed_tokens
+    missing = len(seq.token_ids) - start
+    count = min(missing, budget)
+    if count > 0:
+        scheduled.append(ScheduledSequence(seq, start, count, [], int(count == missing)))
+    return count
