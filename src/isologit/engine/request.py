@@ -157,6 +157,7 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     max_total_tokens: int = field(init=False)  # prompt + longest possible output
     forced_tokens: list[int] | None = field(init=False)  # output to replay
+    drafts_from: int = field(init=False)  # number of known tokens from which on drafts can be verified
     stop_ids: frozenset[int] = field(init=False, default=frozenset())  # token ids that end it; set by the scheduler
     num_computed_tokens: int = field(init=False, default=0)
     num_cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache
@@ -175,10 +176,19 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.forced_tokens = request.replay_token_ids
-        max_tokens = request.params.max_tokens
+        params = request.params
+        max_tokens = params.max_tokens
         if self.forced_tokens is not None:
             max_tokens = min(max_tokens, len(self.forced_tokens))
         self.max_total_tokens = self.num_prompt_tokens + max_tokens
+        # NOTE: where the token is not the row's plain argmax (a draw, a penalty, a masked end of sequence), a draft
+        # cannot be verified against the argmax.
+        if self.forced_tokens is not None:
+            self.drafts_from = self.num_prompt_tokens
+        elif params.greedy and params.repetition_penalty == 1.0:
+            self.drafts_from = self.num_prompt_tokens + params.min_tokens
+        else:
+            self.drafts_from = self.max_total_tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -180,15 +180,9 @@ class Scheduler:
         num_drafts = 0
         for entry in scheduled:
             seq = entry.seq
-            params = seq.request.params
-            # NOTE: where the token is not the row's plain argmax (a draw, a penalty, a masked end) a draft cannot be
-            # verified against the argmax.
-            if seq.forced_tokens is None and not (
-                params.greedy and params.repetition_penalty == 1.0 and seq.num_output_tokens >= params.min_tokens
-            ):
-                continue
-            limit = min(budget - num_drafts, seq.max_total_tokens - len(seq.token_ids) - 1)
-            if limit < 1:
+            known = len(seq.token_ids)
+            limit = min(budget - num_drafts, seq.max_total_tokens - known - 1)
+            if limit < 1 or known < seq.drafts_from:
                 continue
             drafts = proposer.propose(seq, limit)
             if drafts:
@@ -236,22 +230,25 @@ class Scheduler:
                 raise AssertionError(f"{len(tokens)} chosen tokens for {entry.num_logits} rows of logits")
             if seq.status is not running:
                 continue
-            ended = False
             if tokens:
                 if seq.forced_tokens is not None:
                     begin = len(seq.token_ids) - seq.num_prompt_tokens
                     tokens = seq.forced_tokens[begin : begin + entry.num_logits]
                 if entry.draft_token_ids:
                     tokens = self._verify(entry, tokens)
-                ended = self._append(entry, tokens)
-                computed = len(seq.token_ids) - 1
+                known = seq.token_ids
+                token = tokens[0]
+                if len(tokens) == 1 and token not in seq.stop_ids and len(known) + 1 < seq.max_total_tokens:
+                    known.append(token)  # nearly every row of nearly every step
+                    entry.num_accepted = 1
+                elif self._append(entry, tokens):
+                    finished.append(seq)
+                computed = len(known) - 1
             else:
                 computed = entry.start + entry.num_tokens
             seq.num_computed_tokens = computed
             if caching and computed >= (seq.num_registered_blocks + 1) * block_size:
                 self._register_full_blocks(seq)
-            if ended:
-                finished.append(seq)
         for seq in finished:
             if seq.status is running:
                 self.finish(seq, seq.finish_reason or "length", seq.stop_reason)

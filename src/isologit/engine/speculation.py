@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from isologit.engine.request import Sequence
+from isologit.errors import ConfigError
 
 _DECAY = 0.85  # weight a verification keeps when the next one arrives
 _PRIOR_HITS, _PRIOR_TRIALS = 1.0, 2.0  # a new request's guesses are taken to be right half of the time
@@ -34,7 +35,8 @@ class _History:
     """What is known of one request: where its n-grams occurred, and how its guesses fared."""
 
     follow: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram -> position after its last occurrence
-    num_indexed: int = 0  # ends of n-grams up to here are in `follow`
+    num_indexed: int = 0  # n-grams that end up to here are in `follow`
+    found: int | None = None  # result of the look-up at `num_indexed`
     hits: float = _PRIOR_HITS
     trials: float = _PRIOR_TRIALS
     misses: int = 0  # verifications in a row without a single right guess
@@ -47,14 +49,19 @@ class NGramProposer:
     The caller sets `marginal_row_cost`: the time of one more row of the step relative to the time a token is worth now
     (0 = rows are free). If guesses are right independently with probability p, the j-th is useful with probability
     p**j (Leviathan et al. 2023), so a guess is extended while p**j exceeds that cost. p is an exponentially weighted
-    share of right guesses. A request whose guesses fail waits longer and longer before the next attempt.
+    share of right guesses. A request whose guesses fail waits longer and longer before the next attempt. Raises
+    ConfigError for sizes below 1.
     """
 
     def __init__(self, max_ngram: int = 3, min_ngram: int = 2, max_draft: int = 8) -> None:
-        self.max_ngram = max_ngram
-        self.min_ngram = min_ngram
+        if not (1 <= min_ngram <= max_ngram and max_draft >= 1):
+            raise ConfigError(
+                f"min_ngram ({min_ngram}) must be between 1 and max_ngram ({max_ngram}), and max_draft ({max_draft}) "
+                "at least 1"
+            )
         self.max_draft = max_draft
         self.marginal_row_cost = 0.0
+        self._sizes = range(min_ngram, max_ngram + 1)
         self._histories: dict[str, _History] = {}
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
@@ -101,19 +108,22 @@ class NGramProposer:
 
     def _find(self, history: _History, tokens: list[int]) -> int | None:
         """Position after the most recent earlier occurrence of the longest known n-gram that ends the tokens."""
-        follow, sizes = history.follow, range(self.min_ngram, self.max_ngram + 1)
-        # NOTE: the n-gram that ends the tokens is looked up before it is entered, so only earlier ones are found.
-        for end in range(history.num_indexed + 1, len(tokens)):
+        follow, length, sizes = history.follow, len(tokens), self._sizes
+        if history.num_indexed == length:
+            return history.found
+        for end in range(history.num_indexed + 1, length):
             for size in sizes:
                 if size <= end:
                     follow[tuple(tokens[end - size : end])] = end
-        history.num_indexed = max(history.num_indexed, len(tokens) - 1)
-        for size in reversed(sizes):
-            if size <= len(tokens):
-                position = follow.get(tuple(tokens[-size:]))
-                if position is not None:
-                    return position
-        return None
+        found: int | None = None
+        for size in sizes:
+            if size <= length:
+                ngram = tuple(tokens[length - size :])
+                # NOTE: looked up before it is entered, so only earlier occurrences are found; longer ones win.
+                found = follow.get(ngram, found)
+                follow[ngram] = length
+        history.num_indexed, history.found = length, found
+        return found
 
 
 def _continue_from(tokens: list[int], position: int, count: int) -> list[int]:
