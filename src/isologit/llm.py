@@ -30,6 +30,7 @@ from isologit.model.tokenizer import Tokenizer, load_tokenizer
 Prompt = str | Mapping[str, Any]
 
 _CALIBRATION_ROWS = (1, 8, 32, 128)
+_HOST_SECONDS = 2e-4  # scheduling and commit of one step
 _PREFIX_CACHE_BLOCKS = 64  # blocks beyond what running requests can need, so that finished prefixes stay a while
 _DEFAULT_KV_SHARE = 0.5  # of the memory that is free when the model is loaded
 
@@ -37,7 +38,7 @@ _DEFAULT_KV_SHARE = 0.5  # of the memory that is free when the model is loaded
 class LLM:
     """A model, ready to generate.
 
-    model: Hugging Face LLaMA folder, MindFormers checkpoint, or with `load_format="dummy"` a preset name or config.json.
+    model: Hugging Face LLaMA folder, MindFormers checkpoint, or with `load_format="dummy"` a preset or config.json.
     tokenizer: folder or file, when it is not in the model's folder. `max_num_seqs` (running slots) and
     `max_num_batched_tokens` (tokens of one step) are chosen by the planner when None. `speculative_config`: None, or a
     dictionary of `SpeculativeConfig` fields. Weights are float32 or widened exactly to it; all arithmetic is float32.
@@ -151,7 +152,9 @@ class LLM:
         else:
             params = list(sampling_params)
         if len(params) != len(listed):
-            raise RequestError(f"{len(listed)} prompts but {len(params)} sampling_params; give one each, or one for all")
+            raise RequestError(
+                f"{len(listed)} prompts but {len(params)} sampling_params; give one each, or one for all"
+            )
         requests = [self.make_request(str(i), p, s) for i, (p, s) in enumerate(zip(listed, params, strict=True))]
         outputs: dict[str, RequestOutput] = {}
         for output in _with_progress(self.run(requests), len(requests), use_tqdm and sys.stderr.isatty()):
@@ -280,8 +283,8 @@ class LLM:
             seconds.append(float(np.median(times)))
         grid = np.arange(max(rows) + 1)
         self._row_seconds = np.interp(grid, rows, np.maximum.accumulate(seconds))
-        per_row = max(seconds[-1] / rows[-1], 1e-9)
-        self._step_cost = StepCost(fixed_s=0.0, per_row_s=per_row, stream_s=seconds[0])
+        per_row = (seconds[-1] - seconds[0]) / max(1, rows[-1] - 1)
+        self._step_cost = StepCost(fixed_s=seconds[0] + _HOST_SECONDS, per_row_s=max(per_row, 1e-9), stream_s=0.0)
 
     def _cost(self) -> StepCost:
         if self._step_cost is None:

@@ -119,9 +119,16 @@ class EngineLoop:
         finished += self._finish_by_stop_string(plan.sequences)
         self.step_records.append(
             StepRecord(
-                start, end, scheduled - start, executed - scheduled,
-                plan.num_tokens, len(result.argmax), len(plan.sequences), drafts, accepted,
-            )  # fmt: skip
+                start,
+                end,
+                scheduled - start,
+                executed - scheduled,
+                plan.num_tokens,
+                len(result.argmax),
+                len(plan.sequences),
+                drafts,
+                accepted,
+            )
         )
         return [self._output(seq) for seq in finished]
 
@@ -135,7 +142,12 @@ class EngineLoop:
         if count and seq.forced_tokens is None and needs_row(params, seq.num_output_tokens):
             rng = self._progress[seq.request.request_id].rng
             tokens[0] = choose_token(
-                result.logits[row], params, seq.token_ids, seq.num_output_tokens, self.scheduler.config.eos_token_ids, rng
+                result.logits[row],
+                params,
+                seq.token_ids,
+                seq.num_output_tokens,
+                self.scheduler.config.eos_token_ids,
+                rng,
             )
         return tokens
 

@@ -127,14 +127,26 @@ def plan(
         order.sort(key=lambda i: (-lengths[i][1], -lengths[i][0]))
     budget = max_num_batched_tokens
     slots = _slot_choices(len(lengths), budget) if max_num_seqs is None else [max_num_seqs]
+    settings = [
+        (count, rows) for count in slots for rows in (_budget_choices(count, cost) if budget is None else [budget])
+    ]
+    good_enough = _least_seconds(lengths, cost) * _NEAR_TIE
     candidates: list[tuple[int, int, int, float]] = []
-    for count in slots:
-        for rows in _budget_choices(count, cost) if budget is None else [budget]:
-            steps, seconds = simulate(lengths, order, count, rows, num_blocks, block_size, cost)
-            candidates.append((count, rows, steps, seconds))
+    for count, rows in settings:
+        steps, seconds = simulate(lengths, order, count, rows, num_blocks, block_size, cost)
+        candidates.append((count, rows, steps, seconds))
+        if seconds <= good_enough:
+            break  # larger settings can only tie
     limit = min(seconds for _, _, _, seconds in candidates) * _NEAR_TIE
     count, rows, steps, seconds = min(candidate for candidate in candidates if candidate[3] <= limit)
     return Plan(count, rows, order, steps, seconds)
+
+
+def _least_seconds(lengths: SequenceABC[WorkloadItem], cost: StepCost) -> float:
+    """No schedule is faster: the longest output takes a step per token, and every row is computed once."""
+    steps = max((max_tokens for _, max_tokens in lengths), default=0)
+    rows = sum(prompt + max_tokens - 1 for prompt, max_tokens in lengths)
+    return cost.fixed_s * steps + max(cost.stream_s * steps, cost.per_row_s * rows)
 
 
 def _slot_choices(num_requests: int, budget: int | None) -> list[int]:

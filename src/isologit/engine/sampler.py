@@ -11,7 +11,8 @@ def log_softmax(row: np.ndarray) -> np.ndarray:
     """float64 [vocab] log-probabilities of one float32 [vocab] logits row."""
     wide = row.astype(np.float64)
     wide -= wide.max()
-    return wide - np.log(np.exp(wide).sum())
+    normalised: np.ndarray = wide - np.log(np.exp(wide).sum())
+    return normalised
 
 
 def top_logprobs(row: np.ndarray, token_id: int, count: int) -> dict[int, float]:

@@ -40,7 +40,7 @@ _PHASES_PER_LAYER = 5  # phases that share work through a counter: qkv, attentio
 
 
 @njit(nogil=True)
-def _norm_rows(thread, num_threads, source, stride, rows, gain, size, eps, out):  # type: ignore[no-untyped-def]
+def _norm_rows(thread, num_threads, source, stride, rows, gain, size, eps, out):
     for r in range(thread, rows, num_threads):
         rms_norm_row(source, r * stride, gain, size, eps, out, r * stride)
 
@@ -53,7 +53,7 @@ def _step(
     num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab, value_width, eps, cos, sin, keys, values,
     residual, normed, qkv, attended, gated, tile_scratch, query_scratch, score_scratch, sum_scratch, offset_scratch,
     logits, chosen,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R]."""
     rows = token_ids.shape[0]
     stride = residual.shape[1]
@@ -75,9 +75,7 @@ def _step(
             barrier(sync, num_threads)
         _norm_rows(thread, num_threads, residual_flat, stride, rows, input_gains[layer], hidden, eps, normed_flat)
         barrier(sync, num_threads)
-        linear(
-            normed_flat, stride, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE, scratch, counters, counter
-        )
+        linear(normed_flat, stride, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE, scratch, counters, counter)
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         layer_keys, layer_values = keys[layer], values[layer]

@@ -49,7 +49,7 @@ def pack_weight(weight: torch.Tensor, storage: str) -> np.ndarray:
 
 
 @njit(inline="always")
-def fast_exp(x):  # type: ignore[no-untyped-def]
+def fast_exp(x):
     """exp(x) in float32 within 2 ulp, free of branches so that loops over it become SIMD.
 
     Range reduction and polynomial of the Cephes library's `expf`; below -87 the result is 0 within one denormal.
@@ -68,8 +68,8 @@ def fast_exp(x):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def barrier(sync, num_threads):  # type: ignore[no-untyped-def]
-    """Wait until all threads of the step arrive. `sync` is int64: [0] arrivals ever, [COUNTER_STRIDE] unused padding."""
+def barrier(sync, num_threads):
+    """Wait until all threads of the step arrive. `sync[0]` (int64) counts arrivals since the step began."""
     arrived = atomic_add(sync, 0, 1) + 1
     target = -(-arrived // num_threads) * num_threads
     spins = 0
@@ -80,7 +80,7 @@ def barrier(sync, num_threads):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, fastmath={"reassoc", "contract"})
-def rms_norm_row(x, x_offset, gain, size, eps, out, out_offset):  # type: ignore[no-untyped-def]
+def rms_norm_row(x, x_offset, gain, size, eps, out, out_offset):
     """out = x / sqrt(mean(x^2) + eps) * gain for one row (Zhang and Sennrich 2019, equation 4)."""
     total = np.float32(0.0)
     for i in range(size):
@@ -91,7 +91,7 @@ def rms_norm_row(x, x_offset, gain, size, eps, out, out_offset):  # type: ignore
 
 
 @njit(nogil=True, fastmath={"contract"})
-def swiglu_tile(tile, rows, out, out_offset, out_stride):  # type: ignore[no-untyped-def]
+def swiglu_tile(tile, rows, out, out_offset, out_stride):
     """silu(gate) * up for a tile whose panel holds VECTOR_WIDTH gate columns, then as many up columns."""
     for r in range(rows):
         for lane in range(VECTOR_WIDTH):
@@ -109,7 +109,7 @@ def _make_tiles(*, add: bool) -> Any:
     t12 = make_tile_product(12, add=add) if TILE_ROWS == 12 else t6
 
     @njit(nogil=True)
-    def tiles(x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride, rows):  # type: ignore[no-untyped-def]
+    def tiles(x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride, rows):
         r = 0
         while r < rows:
             left = rows - r
@@ -146,7 +146,7 @@ STORE, ADD, SWIGLU = 0, 1, 2  # what `linear` does with a product: keep it, add 
 
 
 @njit(nogil=True)
-def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, scratch, counters, counter):  # type: ignore[no-untyped-def]
+def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, scratch, counters, counter):
     """One thread's share of `out = x @ W^T` ([rows, in_features] x panels of W) with the given epilogue.
 
     Threads share the panels through `counters[counter]`, so a core that another process slows down takes fewer.
@@ -186,7 +186,7 @@ def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, sc
 
 
 @njit(nogil=True, fastmath={"contract"})
-def rotate_row(x, offset, half, cos, sin, angle_offset):  # type: ignore[no-untyped-def]
+def rotate_row(x, offset, half, cos, sin, angle_offset):
     """Rotary embedding of one head in place, half-rotation layout (x[i], x[i + half]) as Hugging Face stores it."""
     for i in range(half):
         a = x[offset + i]
@@ -200,7 +200,7 @@ def rotate_row(x, offset, half, cos, sin, angle_offset):  # type: ignore[no-unty
 @njit(nogil=True)
 def rotate_and_cache_row(
     qkv, offset, position, slot, num_heads, num_kv_heads, head_dim, value_width, cos, sin, keys, values
-):  # type: ignore[no-untyped-def]
+):
     """Rotate the queries and keys of one token and write its keys and values into the paged cache.
 
     qkv row: [q heads | k heads | v heads] x head_dim. keys: [blocks, kv heads, head_dim, PANEL_WIDTH] flat, so that one
@@ -223,7 +223,7 @@ def rotate_and_cache_row(
 
 
 @njit(nogil=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
-def softmax_row(scores, offset, length, padded, scale):  # type: ignore[no-untyped-def]
+def softmax_row(scores, offset, length, padded, scale):
     """exp(scale * (score - max)) in place for `length` scores, zeros up to `padded`; returns 1 / sum."""
     top = scores[offset]
     for i in range(1, length):
@@ -243,7 +243,7 @@ def softmax_row(scores, offset, length, padded, scale):  # type: ignore[no-untyp
 def attention_tile(
     qkv, qkv_stride, first_row, num_rows, first_position, table, kv_head, num_heads, num_kv_heads, head_dim,
     value_width, keys, values, out, out_stride, queries, scores, scores_stride, sums, offsets,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Causal attention of `num_rows` consecutive tokens of one sequence for the query heads of one KV head.
 
     Two passes over the blocks of `table` (block ids of the sequence): all scores of a row, softmax, then the weighted
@@ -267,14 +267,10 @@ def attention_tile(
         for i in range(ahead):
             offsets[i] = (table[b + i] * num_kv_heads + kv_head) * panel_size
         if total_rows == 1 and ahead == 4:
-            _dot_1x4(
-                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, scores, b * PANEL_WIDTH, scores_stride
-            )
+            _dot_1x4(queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, scores, b * PANEL_WIDTH, scores_stride)
             b += 4
         elif total_rows == 2 and ahead >= 2:
-            _dot_2x2(
-                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, scores, b * PANEL_WIDTH, scores_stride
-            )
+            _dot_2x2(queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, scores, b * PANEL_WIDTH, scores_stride)
             b += 2
         else:
             dot_tiles(
@@ -325,7 +321,7 @@ def attention_tile(
 
 
 @njit(nogil=True)
-def argmax_row(logits, offset, size):  # type: ignore[no-untyped-def]
+def argmax_row(logits, offset, size):
     """Index of the largest value of one row, the lowest index on ties; -1 if any value is NaN."""
     best = logits[offset]
     clean = True

@@ -54,7 +54,17 @@ def linear_numba(x: torch.Tensor, weight: torch.Tensor, storage: str = "float32"
     out = np.zeros((x.shape[0], panels.shape[0] * PANEL_WIDTH), np.float32)
     scratch, counters = np.zeros(cpu.TILE_SCRATCH, np.float32), np.zeros(1, np.int64)
     cpu.linear(
-        _flat(x), x.shape[1], x.shape[0], x.shape[1], panels, out.reshape(-1), out.shape[1], cpu.STORE, scratch, counters, 0
+        _flat(x),
+        x.shape[1],
+        x.shape[0],
+        x.shape[1],
+        panels,
+        out.reshape(-1),
+        out.shape[1],
+        cpu.STORE,
+        scratch,
+        counters,
+        0,
     )
     return torch.from_numpy(out[:, : weight.shape[0]])
 
@@ -118,7 +128,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def _attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """Rotary embedding and causal grouped-query attention: q [T, heads, D], k and v [T, kv heads, D] -> [T, heads, D]."""
+    """Rotary embedding, then causal grouped-query attention: q [T, heads, D], k and v [T, kv heads, D] -> as q."""
     group = q.shape[1] // k.shape[1]
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin).repeat_interleave(group, dim=1)
     v = v.repeat_interleave(group, dim=1)
@@ -182,7 +192,9 @@ def _linear_float16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
-        Op("linear", _linear_reference, _linear_inputs, 2e-5, {"numba": linear_numba, "numba-float16": _linear_float16}),
+        Op(
+            "linear", _linear_reference, _linear_inputs, 2e-5, {"numba": linear_numba, "numba-float16": _linear_float16}
+        ),
         Op("rms_norm", _norm_reference, _norm_inputs, 1e-5, {"numba": rms_norm_numba}),
         Op("swiglu", _swiglu_reference, _swiglu_inputs, 1e-5, {"numba": swiglu_numba}),
         Op("paged_attention", _attention_reference, _attention_inputs, 1e-5, {"numba": paged_attention_numba}),

@@ -82,22 +82,23 @@ def make_tile_product(rows: int, *, add: bool, panels: int = 1) -> Any:
     """Register-tile product `out[rows, PANEL_WIDTH] (+)= x[rows, K] @ w[K, PANEL_WIDTH]` as a Numba intrinsic.
 
     Call: `tile(x, x_offset, x_stride, w, w_offset, w_stride, K, out, out_offset, out_stride)`; arrays are flat, offsets
-    and strides count elements; `x` and `out` are float32, `w` is float32, float16 bits (int16) or bfloat16 bits (uint16), and
-    is widened exactly. Every output element is one chain of fused multiply-adds in ascending k, whatever `rows` is: that is
-    why a row's result does not depend on what it is batched with. With `add` the chain is added to `out` at the end.
+    and strides count elements; `x` and `out` are float32; `w` is float32, float16 bits (int16) or bfloat16 bits
+    (uint16), widened exactly. Every output element is one chain of fused multiply-adds in ascending k, whatever `rows`
+    is: that is why a row's result does not depend on what it is batched with. With `add` the chain is added to `out` at
+    the end.
 
-    With `panels` > 1, `w_offset` is an int64 array of so many panel offsets and the results stand side by side in `out`:
-    short tiles need several chains in flight to hide the latency of the multiply-add.
+    With `panels` > 1, `w_offset` is an int64 array of so many panel offsets and the results stand side by side in
+    `out`: short tiles need several chains in flight to hide the latency of the multiply-add.
     """
     unroll = 4
     vectors = PANEL_VECTORS * panels
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def tile(typing_context, x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def tile(typing_context, x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride):
         storage = _STORAGE_OF_DTYPE[w.dtype]
         signature = types.void(x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             i64, i32 = ir.IntType(64), ir.IntType(32)
             vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
             lanes0 = ir.Constant(ir.VectorType(i32, VECTOR_WIDTH), [0] * VECTOR_WIDTH)
@@ -119,7 +120,7 @@ def make_tile_product(rows: int, *, add: bool, panels: int = 1) -> Any:
                 w_bases = [builder.gep(w_ptr, [builder.load(builder.gep(w_off, [i64(p)]))]) for p in range(panels)]
 
             def loop(start: Any, step: int, limit: Any, initial: list[Any]) -> tuple[Any, list[Any]]:
-                """Emit `for k in range(start, limit, step)` over the accumulators; returns (k, accumulators) after it."""
+                """Emit `for k in range(start, limit, step)` over the accumulators; returns both as after it."""
                 before = builder.basic_block
                 head = builder.append_basic_block("tile.head")
                 body = builder.append_basic_block("tile.body")
@@ -178,43 +179,43 @@ def make_tile_product(rows: int, *, add: bool, panels: int = 1) -> Any:
     return tile
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def float_from_bits(typing_context, bits):  # type: ignore[no-untyped-def]
+@intrinsic
+def float_from_bits(typing_context, bits):
     """Reinterpret an int32 as a float32."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def atomic_add(typing_context, array, index, value):  # type: ignore[no-untyped-def]
+@intrinsic
+def atomic_add(typing_context, array, index, value):
     """Add to `array[index]` (int64) as one indivisible operation; returns the value before."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]])
         return builder.atomic_rmw("add", pointer, args[2], "seq_cst")
 
     return types.int64(array, types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def atomic_load(typing_context, array, index):  # type: ignore[no-untyped-def]
+@intrinsic
+def atomic_load(typing_context, array, index):
     """Read `array[index]` (int64) as other threads see it."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]])
         return builder.load_atomic(pointer, "seq_cst", 8)
 
     return types.int64(array, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def yield_processor(typing_context):  # type: ignore[no-untyped-def]
+@intrinsic
+def yield_processor(typing_context):
     """Offer this core to another runnable thread (POSIX `sched_yield`)."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.IntType(32), []), "sched_yield")
         builder.call(function, [])
         return context.get_dummy_value()
