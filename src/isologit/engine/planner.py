@@ -134,9 +134,9 @@ def plan(
     candidates: list[tuple[int, int, int, float]] = []
     for count, rows in settings:
         steps, seconds = simulate(lengths, order, count, rows, num_blocks, block_size, cost)
-        candidates.append((count, rows, steps, seconds))
         if seconds <= good_enough:
-            break  # larger settings can only tie
+            return Plan(count, rows, order, steps, seconds)  # larger settings can only tie
+        candidates.append((count, rows, steps, seconds))
     limit = min(seconds for _, _, _, seconds in candidates) * _NEAR_TIE
     count, rows, steps, seconds = min(candidate for candidate in candidates if candidate[3] <= limit)
     return Plan(count, rows, order, steps, seconds)
