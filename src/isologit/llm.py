@@ -30,6 +30,7 @@ from isologit.model.tokenizer import Tokenizer, load_tokenizer
 Prompt = str | Mapping[str, Any]
 
 _CALIBRATION_ROWS = (1, 8, 32, 128)
+_LONGEST_CALIBRATION_STEP_S = 0.5
 _HOST_SECONDS = 2e-4  # scheduling and commit of one step
 _PREFIX_CACHE_BLOCKS = 64  # blocks beyond what running requests can need, so that finished prefixes stay a while
 _DEFAULT_KV_SHARE = 0.5  # of the memory that is free when the model is loaded
@@ -89,7 +90,8 @@ class LLM:
         self.max_kv_blocks = budget // self._model.kv_bytes_per_block()
         self._num_kv_blocks = 0
         self._step_cost: StepCost | None = None
-        self._row_seconds: np.ndarray | None = None
+        self._rows: list[int] = []  # calibrated step sizes, and the seconds each took
+        self._row_seconds: list[float] = []
         self._loop: EngineLoop | None = None
         self.last_plan: Plan | None = None
         self.step_records: list[StepRecord] = []
@@ -255,24 +257,31 @@ class LLM:
     def _price_drafts(self, loop: EngineLoop) -> None:
         """Tell the proposer what one more row costs now, in units of what a token costs now."""
         proposer = loop.scheduler.proposer
-        if not isinstance(proposer, NGramProposer) or self._row_seconds is None or not loop.step_records:
+        if not isinstance(proposer, NGramProposer) or len(self._rows) < 2:
             return
-        rows = max(1, min(loop.scheduler.num_running, len(self._row_seconds) - 2))
-        now, more = self._row_seconds[rows], self._row_seconds[rows + 1]
+        rows = max(1, loop.scheduler.num_running)
+        if rows >= self._rows[-1]:
+            proposer.marginal_row_cost = 1.0  # arithmetic-bound: another row costs as much as any
+            return
+        now, more = np.interp([rows, rows + 1], self._rows, self._row_seconds)
         proposer.marginal_row_cost = float((more - now) / (now / rows))
 
     # -- speed ----------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
         """Compile the kernels and measure what steps of different sizes cost (about two seconds once compiled)."""
-        rows = [r for r in _CALIBRATION_ROWS if r == 1 or r <= (self.engine_config.max_num_seqs or 128)]
-        self._model.allocate_kv(max(rows) + 1)
-        self._num_kv_blocks = max(rows) + 1
-        if max(rows) > self._reserved_tokens:
-            self._model.reserve(max(rows))
-            self._reserved_tokens = max(rows)
-        seconds = []
-        for count in rows:
+        largest = _CALIBRATION_ROWS[-1]
+        if self._num_kv_blocks <= largest:
+            self._num_kv_blocks = min(self.max_kv_blocks, largest + 1)
+            self._model.allocate_kv(self._num_kv_blocks)
+        if self._reserved_tokens < largest:
+            self._model.reserve(largest)
+            self._reserved_tokens = largest
+        rows: list[int] = []
+        seconds: list[float] = []
+        for count in _CALIBRATION_ROWS:
+            if count >= self._num_kv_blocks or (seconds and seconds[-1] > _LONGEST_CALIBRATION_STEP_S):
+                break
             batch = _calibration_batch(count, self.config.vocab_size, self._model.block_size)
             self._model.forward(batch)
             times: list[float] = []
@@ -280,11 +289,12 @@ class LLM:
                 start = time.perf_counter()
                 self._model.forward(batch)
                 times.append(time.perf_counter() - start)
-            seconds.append(float(np.median(times)))
-        grid = np.arange(max(rows) + 1)
-        self._row_seconds = np.interp(grid, rows, np.maximum.accumulate(seconds))
-        per_row = (seconds[-1] - seconds[0]) / max(1, rows[-1] - 1)
-        self._step_cost = StepCost(fixed_s=seconds[0] + _HOST_SECONDS, per_row_s=max(per_row, 1e-9), stream_s=0.0)
+            rows.append(count)
+            seconds.append(max([float(np.median(times)), *seconds]))
+        per_row = (seconds[-1] - seconds[0]) / (rows[-1] - rows[0]) if len(rows) > 1 else seconds[0] if seconds else 1.0
+        self._rows, self._row_seconds = rows, seconds
+        fixed = (seconds[0] if seconds else 0.0) + _HOST_SECONDS
+        self._step_cost = StepCost(fixed_s=fixed, per_row_s=max(per_row, 1e-9), stream_s=0.0)
 
     def _cost(self) -> StepCost:
         if self._step_cost is None:

@@ -1,0 +1,220 @@
+"""The engine against transformers, and against itself at every batch size, order and speculation setting."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from isologit import LLM, GenerationRequest, RequestOutput, SamplingParams
+from isologit.engine.loop import LAST_TOKEN
+from isologit.errors import ConfigError, RequestError
+
+VOCAB = 300
+SHAPES = {
+    "mha-untied-float32": {"heads": 4, "kv_heads": 4, "tied": False, "dtype": torch.float32},
+    "gqa-tied-float16": {"heads": 6, "kv_heads": 2, "tied": True, "dtype": torch.float16},
+    "mqa-untied-bfloat16": {"heads": 3, "kv_heads": 1, "tied": False, "dtype": torch.bfloat16},
+}
+
+
+def save_model(folder: Path, *, heads: int, kv_heads: int, tied: bool, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A small random model, saved in `dtype`, and its float32 twin as transformers runs it."""
+    torch.manual_seed(heads)
+    config = LlamaConfig(
+        hidden_size=heads * 16,
+        intermediate_size=100,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=VOCAB,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config)
+    model.to(dtype).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, save_model(folder, **SHAPES[request.param])
+
+
+def workload(count: int, seed: int = 0, **params: Any) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
+    """Prompts that share beginnings and repeat themselves, so that prefix reuse and look-up have something to find."""
+    rng = np.random.default_rng(seed)
+    shared = [int(t) for t in rng.integers(3, VOCAB, 40)]
+    prompts, sampling = [], []
+    for _ in range(count):
+        own = [int(t) for t in rng.integers(3, VOCAB, rng.integers(1, 30))]
+        prompts.append({"prompt_token_ids": [1, *shared[: int(rng.integers(0, 40))], *own, *own[:5]]})
+        sampling.append(SamplingParams(max_tokens=int(rng.integers(1, 50)), **params))
+    return prompts, sampling
+
+
+def reference_rows(model: LlamaForCausalLM, output: RequestOutput) -> np.ndarray:
+    ids = output.prompt_token_ids + output.token_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].numpy()
+    return logits[len(output.prompt_token_ids) - 1 : len(ids) - 1]
+
+
+def test_greedy_equals_transformers(model: tuple[Path, LlamaForCausalLM]) -> None:
+    folder, reference = model
+    prompts, sampling = workload(24, return_logits=True)
+    outputs = LLM(folder).generate(prompts, sampling)
+    for output, params in zip(outputs, sampling, strict=True):
+        rows = reference_rows(reference, output)
+        assert output.logits is not None
+        assert np.abs(output.logits - rows).max() < 1e-4
+        assert output.token_ids == rows.argmax(1).tolist()
+        ended = output.token_ids[-1] == 2
+        assert output.finish_reason == ("stop" if ended else "length")
+        assert ended or len(output.token_ids) == params.max_tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 7, "max_num_batched_tokens": 9},
+        {"max_num_seqs": 64, "max_num_batched_tokens": 64, "enable_prefix_caching": False},
+        {"max_num_seqs": 256, "longest_first": False},
+        {"max_num_seqs": 3, "speculative_config": {}},
+        {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "speculative_config": {"num_speculative_tokens": 3}},
+        {"num_threads": 1},
+        {"num_threads": 3, "max_num_seqs": 5},
+    ],
+)
+def test_logits_are_bit_identical_whatever_the_batch(
+    model: tuple[Path, LlamaForCausalLM], options: dict[str, Any]
+) -> None:
+    folder, _ = model
+    prompts, sampling = workload(20, seed=1, return_logits=True)
+    plain = LLM(folder).generate(prompts, sampling)
+    reversed_outputs = LLM(folder, **options).generate(prompts[::-1], sampling[::-1])
+    for a, b in zip(plain, reversed_outputs[::-1], strict=True):
+        assert a.token_ids == b.token_ids
+        assert np.array_equal(a.logits, b.logits)
+
+
+def test_bit_identity_is_not_a_property_of_any_matrix_product() -> None:
+    """The inverse: the library's product does change a row with the batch, or this claim would be empty."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(768, 2048, generator=generator)
+    x = torch.randn(64, 2048, generator=generator)
+    together = torch.nn.functional.linear(x, weight)
+    differs = any(not torch.equal(torch.nn.functional.linear(x[:n], weight), together[:n]) for n in (1, 2, 3, 5, 9, 17))
+    if not differs:
+        pytest.skip("this machine's matrix product happens to be batch invariant")
+
+
+def test_speculation_shortens_the_run_and_prefixes_are_reused(model: tuple[Path, LlamaForCausalLM]) -> None:
+    folder, _ = model
+    prompt = {"prompt_token_ids": [1, *[5, 6, 7, 8, 9] * 12]}
+    llm = LLM(folder, max_num_seqs=1, speculative_config={})
+    request = GenerationRequest(
+        "a", prompt["prompt_token_ids"], SamplingParams(max_tokens=40), replay_token_ids=[5, 6, 7, 8, 9] * 8
+    )
+    assert next(iter(llm.run([request]))).token_ids == [5, 6, 7, 8, 9] * 8
+    assert len(llm.step_records) < 40
+    twice = LLM(folder, max_num_seqs=1, max_num_batched_tokens=256)
+    twice.generate([prompt, prompt], SamplingParams(max_tokens=1))
+    assert twice.step_records[1].num_tokens < twice.step_records[0].num_tokens
+
+
+def test_captured_rows_are_the_rows_that_chose_the_tokens(model: tuple[Path, LlamaForCausalLM]) -> None:
+    folder, _ = model
+    prompts, _ = workload(6, seed=2)
+    params = SamplingParams(max_tokens=12, return_logits=True, ignore_eos=True)
+    llm = LLM(folder, speculative_config={})
+    capture = frozenset({0, 5, LAST_TOKEN})
+    requests = [
+        GenerationRequest(str(i), p["prompt_token_ids"], params, capture=capture) for i, p in enumerate(prompts)
+    ]
+    for output in llm.run(requests):
+        assert sorted(output.captured) == [0, 5, 11]
+        for index, row in output.captured.items():
+            assert output.logits is not None
+            assert np.array_equal(row, output.logits[index])
+
+
+def test_replay_forces_the_tokens_and_computes_their_logits(model: tuple[Path, LlamaForCausalLM]) -> None:
+    folder, reference = model
+    forced = [int(t) for t in np.random.default_rng(5).integers(3, VOCAB, 15)]
+    params = SamplingParams(max_tokens=20, return_logits=True)
+    output = next(iter(LLM(folder).run([GenerationRequest("a", [1, 4, 9], params, replay_token_ids=forced)])))
+    assert output.token_ids == forced
+    assert np.abs(output.logits - reference_rows(reference, output)).max() < 1e-4
+
+
+def test_sampling_is_seeded_and_logprobs_are_normalised(model: tuple[Path, LlamaForCausalLM]) -> None:
+    folder, _ = model
+    prompt = {"prompt_token_ids": [1, 7, 8]}
+    params = SamplingParams(max_tokens=20, temperature=1.5, top_k=50, top_p=0.95, seed=3, logprobs=4, ignore_eos=True)
+    first, second = LLM(folder).generate([prompt, prompt], params)
+    assert first.token_ids == second.token_ids
+    other = LLM(folder).generate(prompt, SamplingParams(max_tokens=20, temperature=1.5, seed=4, ignore_eos=True))[0]
+    assert other.token_ids != first.token_ids
+    assert first.logprobs is not None
+    for token, values in zip(first.token_ids, first.logprobs, strict=True):
+        assert token in values
+        assert 4 <= len(values) <= 5
+        assert sum(math.exp(v) for v in values.values()) <= 1.0 + 1e-9
+
+
+def test_min_tokens_and_repetition_penalty_are_honoured(model: tuple[Path, LlamaForCausalLM]) -> None:
+    folder, _ = model
+    prompts, _ = workload(20, seed=3)
+    for output in LLM(folder).generate(prompts, SamplingParams(max_tokens=30, min_tokens=25)):
+        assert len(output.token_ids) >= 25
+    penalised = LLM(folder).generate(
+        prompts[0], SamplingParams(max_tokens=30, repetition_penalty=50.0, ignore_eos=True)
+    )
+    assert len(set(penalised[0].token_ids)) == 30
+
+
+def test_abort_returns_what_there_is_and_the_others_go_on(model: tuple[Path, LlamaForCausalLM]) -> None:
+    folder, _ = model
+    llm = LLM(folder, max_num_seqs=4, longest_first=False)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    run = llm.run([GenerationRequest("short", [1, 2], SamplingParams(max_tokens=3, ignore_eos=True))]
+                  + [GenerationRequest(str(i), [1, 3 + i], params) for i in range(6)])  # fmt: skip
+    assert next(run).request_id == "short"
+    aborted = llm.abort("2")
+    assert aborted is not None
+    assert aborted.finish_reason == "abort"
+    assert llm.abort("nobody") is None
+    assert sorted(output.request_id for output in run) == ["0", "1", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "max_tokens", "message"),
+    [([], 1, "empty"), ([VOCAB], 1, "outside"), ([1] * 250, 7, "context of 256")],
+)
+def test_impossible_requests_are_refused_before_any_work(
+    model: tuple[Path, LlamaForCausalLM], ids: list[int], max_tokens: int, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        LLM(model[0]).generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=max_tokens))
+
+
+def test_text_needs_a_tokenizer_and_options_are_checked(model: tuple[Path, LlamaForCausalLM]) -> None:
+    llm = LLM(model[0])
+    with pytest.raises(RequestError, match="no tokenizer"):
+        llm.generate("hello")
+    with pytest.raises(ConfigError, match="at least 1"):
+        LLM(model[0], max_num_seqs=0)
+    with pytest.raises(RequestError, match="keys and values"):
+        LLM(model[0], kv_cache_memory_bytes=1).generate({"prompt_token_ids": [1]}, SamplingParams(max_tokens=4))
