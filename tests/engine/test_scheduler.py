@@ -110,6 +110,16 @@ class NoisyProposer:
         self.known.discard(seq.request.request_id)
 
 
+class Oracle(NoisyProposer):
+    """Always right, and as long as it may be."""
+
+    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
+        tokens = list(seq.token_ids)
+        for _ in range(max_tokens):
+            tokens.append(toy_model(tuple(tokens)))
+        return tokens[len(seq.token_ids) :]
+
+
 @dataclass
 class Outcome:
     outputs: dict[str, Sequence]
@@ -282,13 +292,6 @@ def test_prefix_is_reused_and_the_last_prompt_token_computed() -> None:
 
 
 def test_right_drafts_save_steps_and_change_nothing() -> None:
-    class Oracle(NoisyProposer):
-        def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
-            tokens = list(seq.token_ids)
-            for _ in range(max_tokens):
-                tokens.append(toy_model(tuple(tokens)))
-            return tokens[len(seq.token_ids) :]
-
     requests = [ask("a", [1, 2], 12, ignore_eos=True)]
     plain, drafted = run(make(), requests), run(make(proposer=Oracle(0)), requests)
     assert (plain.num_steps, drafted.num_steps) == (12, 2)
@@ -298,6 +301,24 @@ def test_right_drafts_save_steps_and_change_nothing() -> None:
     for params in ({"temperature": 1.0}, {"repetition_penalty": 1.1}, {"min_tokens": 12}):
         request = ask("a", [1, 2], 12, ignore_eos=True, **params)
         assert run(make(proposer=Oracle(0)), [request]).num_draft_tokens == 0
+
+
+def test_drafts_do_not_bring_prefill_to_a_halt() -> None:
+    scheduler, runner = make(slots=2, budget=4, proposer=Oracle(0)), ToyRunner(2)
+    scheduler.add(Sequence(ask("a", [1, 2], 40, ignore_eos=True)))
+    scheduler.add(Sequence(ask("b", [3] * 9, 4, ignore_eos=True)))
+    for _ in range(4):
+        plan = scheduler.schedule()
+        assert plan is not None
+        assert [entry.seq.request.request_id for entry in plan.sequences] == ["a", "b"]
+        assert plan.num_tokens == 4
+        scheduler.commit(plan, runner.execute(plan))
+
+
+def test_shared_blocks_let_a_request_in_that_would_not_fit_alone() -> None:
+    requests = [ask(name, [1, 2, 3, 4, 1], 4, ignore_eos=True) for name in "ab"]  # 4 blocks each, 2 of them shared
+    assert run(make(blocks=6), requests).num_steps == 5
+    assert run(make(blocks=6, caching=False), requests).num_steps == 8
 
 
 def test_tokens_after_the_end_are_cut_and_the_reason_is_kept() -> None:
