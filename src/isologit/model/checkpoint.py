@@ -12,10 +12,14 @@ import torch
 
 from isologit.config import PRESETS, ModelConfig
 from isologit.errors import ModelError
-from isologit.model.huggingface import read_config, read_safetensors, safetensors_files
+from isologit.model.config_files import read_config
+from isologit.model.huggingface import read_safetensors, safetensors_files, shard_files
+from isologit.model.mindformers import check_qkv_layout, is_mindformers, to_huggingface
+from isologit.model.mindspore_ckpt import read_mindspore_ckpt
 from isologit.model.stored import LazyTensors, StoredTensor, checked_tensors, stored_dtype
 
 Kind = Literal["huggingface", "mindformers", "dummy"]
+_PICKLES = (".bin", ".pth", ".pt")
 
 
 @dataclass
@@ -46,19 +50,59 @@ class Checkpoint:
         return self._sha256
 
 
-def open_checkpoint(path: str | Path, *, qkv_layout: str | None = None) -> Checkpoint:
-    """Open a Hugging Face folder. Names, shapes and types of all weights are checked; nothing is read yet.
+def open_checkpoint(path: str | Path, *, config: str | Path | None = None, qkv_layout: str | None = None) -> Checkpoint:
+    """Open a Hugging Face folder, a MindFormers folder, or one `.safetensors` or `.ckpt` file.
 
-    Raises ModelError naming what is wrong.
+    `config` is a `config.json` or MindFormers YAML to use instead of the one beside the weights. `qkv_layout`
+    ("concat" or "interleaved") is needed for MindFormers checkpoints with fused matrices and means nothing to others.
+    Names, shapes and types of all weights are checked; their values are read when they are asked for.
+    Raises ModelError naming what is wrong, ConfigError for an unknown `qkv_layout`.
     """
+    check_qkv_layout(qkv_layout)
     path = Path(path)
     if not path.exists():
         hint = '; for random weights of that shape use load_format "dummy"' if str(path) in PRESETS else ""
         raise ModelError(f"{path}: no such file or folder{hint}")
-    config = read_config(path)
-    return _checkpoint(config, read_safetensors(safetensors_files(path)), path, "huggingface")
+    stored = _read_folder(path) if path.is_dir() else _read_file(path)
+    folder = path if path.is_dir() else path.parent
+    model_config = read_config(folder, None if config is None else Path(config))
+    kind: Kind = "huggingface"
+    if is_mindformers(stored):
+        kind, stored = "mindformers", to_huggingface(stored, model_config, path, qkv_layout=qkv_layout)
+    tensors = checked_tensors(stored, model_config, path)
+    return Checkpoint(replace(model_config, dtype=stored_dtype(tensors)), LazyTensors(tensors), path, kind)
 
 
-def _checkpoint(config: ModelConfig, stored: Mapping[str, StoredTensor], source: Path, kind: Kind) -> Checkpoint:
-    tensors = checked_tensors(stored, config, source)
-    return Checkpoint(replace(config, dtype=stored_dtype(tensors)), LazyTensors(tensors), source, kind)
+def _read_folder(folder: Path) -> dict[str, StoredTensor]:
+    if files := safetensors_files(folder):
+        return read_safetensors(files)
+    if files := _ckpt_files(folder):
+        stored: dict[str, StoredTensor] = {}
+        for file in files:
+            stored.update(read_mindspore_ckpt(file))
+        return stored
+    if any(file.suffix in _PICKLES for file in folder.iterdir()):
+        raise ModelError(f"{folder}: holds only PyTorch .bin or .pth weights; convert them to safetensors")
+    hint = '; for random weights of the shape use load_format "dummy"' if (folder / "config.json").is_file() else ""
+    raise ModelError(f"{folder}: holds no .safetensors and no .ckpt weights{hint}")
+
+
+def _read_file(file: Path) -> dict[str, StoredTensor]:
+    if file.suffix == ".safetensors":
+        return read_safetensors([file])
+    if file.suffix == ".ckpt":
+        return read_mindspore_ckpt(file)
+    if file.suffix in _PICKLES:
+        raise ModelError(f"{file}: PyTorch .bin and .pth weights are not read; convert them to safetensors")
+    raise ModelError(f"{file}: is not a checkpoint; give the model's folder, a .safetensors or a .ckpt file")
+
+
+def _ckpt_files(folder: Path) -> list[Path]:
+    """The `.ckpt` files of the model in `folder`. Raises ModelError when it is unclear which to take."""
+    indexes = sorted(folder.glob("*.ckpt.index.json"))
+    if len(indexes) == 1:
+        return shard_files(indexes[0])
+    files = sorted(folder.glob("*.ckpt"))
+    if len(files) > 1:
+        raise ModelError(f"{folder}: holds {len(files)} .ckpt files and no single index; give the path of one")
+    return files
