@@ -10,8 +10,8 @@ from isologit.model.tokenizer import Tokenizer
 class Detokenizer:
     """Gives text as soon as it is certain; everything given, in a row, is `tokenizer.decode` of all tokens.
 
-    Characters are decoded behind an anchor token, so the window never holds more than the tokens that are undecided:
-    at most three, or a run of byte tokens where the tokenizer decides about the run as a whole.
+    The window never holds more than the tokens that are undecided: at most three, or a run of byte tokens where the
+    tokenizer decides about the run as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -57,8 +57,7 @@ class Detokenizer:
         if not taken:
             return ""
         if self._head is None:
-            anchor, anchor_text = self._tokenizer.anchor
-            return self._tokenizer.decode([anchor, *taken])[len(anchor_text) :]
+            return self._tokenizer.inner_text(taken)
         self._head += taken
         text = self._tokenizer.decode(self._head)
         if text:

@@ -65,7 +65,7 @@ class Tokenizer(ABC):
         """The bytes a token stands for (see `ByteMode`), or None for a token that stands for characters."""
 
     @cached_property
-    def anchor(self) -> tuple[int, str]:
+    def _anchor(self) -> tuple[int, str]:
         """A token and its text to decode others behind, because what stands first loses its leading space."""
         for token_id in range(self.vocab_size):
             if self.is_text(token_id) and self.token_bytes(token_id) is None:
@@ -73,6 +73,20 @@ class Tokenizer(ABC):
                 if text.strip():
                     return token_id, text
         raise ModelError("the tokenizer has no token that stands for characters; use the model's own tokenizer")
+
+    @cached_property
+    def _inner_texts(self) -> dict[int, str]:
+        return {}
+
+    def inner_text(self, token_ids: list[int]) -> str:
+        """Text of the ids where other text stands before them. Single ids are remembered."""
+        if len(token_ids) == 1 and (known := self._inner_texts.get(token_ids[0])) is not None:
+            return known
+        anchor, anchor_text = self._anchor
+        text = self.decode([anchor, *token_ids])[len(anchor_text) :]
+        if len(token_ids) == 1:
+            self._inner_texts[token_ids[0]] = text
+        return text
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The conversation as one prompt; encode it with `encode_without_bos`, since templates write the begin token.
@@ -136,8 +150,8 @@ class JsonTokenizer(Tokenizer):
         inner.no_padding()
         inner.no_truncation()
         self._inner = inner
-        self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
         added = inner.get_added_tokens_decoder()
+        self.vocab_size = max([inner.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         config = _tokenizer_config(file.parent)
         self.bos_token_id = self._named(config.get("bos_token"), _BOS_NAMES)
