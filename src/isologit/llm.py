@@ -325,7 +325,8 @@ class LLM:
 
 def _open(model: str | Path, load_format: str, qkv_layout: str | None, seed: int) -> Checkpoint:
     if load_format == "dummy":
-        return dummy_checkpoint(load_model_config(model), seed=seed)
+        config = load_model_config(model)
+        return dummy_checkpoint(config, seed=seed, dtype=config.dtype)
     if load_format != "auto":
         raise ConfigError(f'load_format "{load_format}" is unknown; use "auto" or "dummy"')
     return open_checkpoint(Path(model), qkv_layout=qkv_layout)

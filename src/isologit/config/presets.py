@@ -18,6 +18,7 @@ PRESETS: dict[str, ModelConfig] = {
         head_dim=128,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
+        dtype="float16",
     ),
     "llama2-13b": ModelConfig(
         vocab_size=32000,
@@ -29,6 +30,7 @@ PRESETS: dict[str, ModelConfig] = {
         head_dim=128,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
+        dtype="float16",
     ),
     "tinyllama-1.1b": ModelConfig(
         vocab_size=32000,
@@ -40,6 +42,7 @@ PRESETS: dict[str, ModelConfig] = {
         head_dim=64,
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,
+        dtype="float16",
     ),
     "llama-110m": ModelConfig(
         vocab_size=32000,
@@ -51,6 +54,7 @@ PRESETS: dict[str, ModelConfig] = {
         head_dim=64,
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,
+        dtype="float16",
     ),
 }
 

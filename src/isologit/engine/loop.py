@@ -83,6 +83,8 @@ class EngineLoop:
         self._progress[request.request_id] = _Progress(np.random.default_rng(seed), {}, [], [])
         seq = Sequence(request)
         seq.arrival_s = self.now()
+        if request.params.stop:
+            seq.drafts_from = seq.max_total_tokens  # a stop string is looked for after every token
         self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> RequestOutput | None:
