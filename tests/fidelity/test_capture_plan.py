@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isologit.fidelity import LAST, draw_capture_plan, resolve_capture
@@ -34,6 +34,7 @@ def test_long_requests_are_drawn_in_proportion_to_their_tokens() -> None:
 
 
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 6), max_size=8), st.integers(1, 40), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
 def test_any_lengths_give_a_plan_of_existing_tokens(lengths: dict[str, int], rows: int, seed: int) -> None:
     plan = draw_capture_plan(lengths, seed=seed, rows=rows)
     total = 0

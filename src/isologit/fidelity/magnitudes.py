@@ -35,7 +35,8 @@ class Magnitudes:
             return
         flat = values.reshape(-1)
         self.count += flat.size
-        self.total += float(flat.sum())
+        with np.errstate(over="ignore"):
+            self.total += float(flat.sum())
         self.maximum = max(self.maximum, float(flat.max()))
         bits = np.minimum(flat, _FLOAT32_MAX).astype(np.float32).view(np.uint32)
         self._fine += np.bincount(bits >> _FINE_SHIFT, minlength=len(self._fine))

@@ -16,8 +16,9 @@ from isologit.fidelity.files import json_number
 
 @dataclass(frozen=True)
 class ScoredRequest:
-    """What a run says about one request.
+    """One request: what was issued, and what the run says came of it.
 
+    NOTE: prompt, max_tokens and the stop rules must come from whoever issued the request, not from the engine's answer.
     token_ids: the output, with the EOS that ended it. finish_reason: "stop", "length", or, for a request that failed
     while running, "abort" or "error". stop_token_ids: ids besides EOS that may end it. stop_strings: whether text may
     end it, which ids alone cannot show.
