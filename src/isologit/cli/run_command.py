@@ -1,0 +1,224 @@
+"""`isologit run`: options in, exit code out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from isologit.cli.exits import Exit, interrupt_on_sigterm, leave, reporting_errors
+from isologit.errors import ConfigError
+from isologit.job.options import (
+    DEFAULT_BASELINE_REQUESTS,
+    DEFAULT_MAX_NEW_TOKENS,
+    DEFAULT_SPECULATIVE_TOKENS,
+    RunOptions,
+)
+
+if TYPE_CHECKING:
+    from isologit.job.result import RunResult
+
+_INPUT = "What to run"
+_OUTPUT = "Where results go"
+_ENGINE = "How it runs"
+_PROOF = "What it is held against"
+
+
+def run_command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_INPUT,
+            metavar="DIR|FILE|PRESET",
+            help="Model folder or checkpoint file; with --load-format dummy a preset (llama2-7b, llama2-13b, "
+            "tinyllama-1.1b, llama-110m) or a config.json. Default: the built-in demo model.",
+        ),
+    ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_INPUT,
+            metavar="FILE",
+            help="Prompts: Alpaca JSON, JSONL, or lines of text. Default: 1500 built-in prompts.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(rich_help_panel=_INPUT, metavar="N", help="Run only the first N prompts.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(rich_help_panel=_INPUT, metavar="N", help="Longest answer where the dataset names none.")
+    ] = DEFAULT_MAX_NEW_TOKENS,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", rich_help_panel=_INPUT, help="Let only the length end an answer.")
+    ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_INPUT,
+            metavar="FILE",
+            help="Force the outputs recorded in this JSONL while computing everything. Its prompts are used "
+            "when --dataset is not given.",
+        ),
+    ] = None,
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        typer.Option(rich_help_panel=_INPUT, help="dummy: seeded random weights of the model's shape."),
+    ] = "auto",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=_INPUT, metavar="DIR|FILE", help="Tokenizer, when the model's folder has none."),
+    ] = None,
+    qkv_layout: Annotated[
+        Literal["concat", "interleaved"] | None,
+        typer.Option(rich_help_panel=_INPUT, help="Layout of fused matrices in a MindFormers checkpoint."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=_OUTPUT, metavar="DIR", help="Folder to write. Default: runs/ and the time."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", rich_help_panel=_OUTPUT, help="Go on with the interrupted run in --output; same options."
+        ),
+    ] = False,
+    save_logits: Annotated[
+        Literal["none", "captured", "contest"],
+        typer.Option(rich_help_panel=_OUTPUT, help="captured: the rows that were checked. contest: its .npy files."),
+    ] = "captured",
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="Print one JSON object and nothing else.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", rich_help_panel=_OUTPUT, help="Also show where the steps' time went.")
+    ] = False,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Requests running at once. Default: planned."),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Tokens of one step. Default: planned.")
+    ] = None,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            rich_help_panel=_ENGINE, show_default=False, help="Compute a beginning that prompts share only once (on)."
+        ),
+    ] = True,
+    speculative_tokens: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition; 0 guesses none."
+        ),
+    ] = DEFAULT_SPECULATIVE_TOKENS,
+    order: Annotated[
+        Literal["longest-first", "given"],
+        typer.Option(rich_help_panel=_ENGINE, help="Which requests start first."),
+    ] = "longest-first",
+    threads: Annotated[
+        int | None, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Worker threads. Default: every core.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Of dummy weights and of the baseline's sample.")
+    ] = 0,
+    baseline_requests: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_PROOF,
+            metavar="N|all|0",
+            help="Requests also timed one at a time with Hugging Face transformers; 0 leaves that out.",
+        ),
+    ] = str(DEFAULT_BASELINE_REQUESTS),
+    capture_rows: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_PROOF, metavar="N", help="Logits rows kept for the certificate. Default: 2 % of tokens."
+        ),
+    ] = None,
+    capture_seed: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=_PROOF, metavar="N", help="Seed of which rows. Default: secret until the end."),
+    ] = None,
+    certify_seconds: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_PROOF,
+            metavar="S",
+            help="Time for re-scoring outputs. Default: the run's own time, at least 60.",
+        ),
+    ] = None,
+) -> None:
+    """Run prompts through a model, time it, and prove the logits.
+
+    Exit code 0: all is well, 1: the certificate says INVALID, 2: nothing ran because something must be changed first,
+    3: some requests have no answer, 130: interrupted.
+    """
+    with reporting_errors(as_json=as_json):
+        options = RunOptions(
+            model=model,
+            dataset=dataset,
+            output=output,
+            limit=limit,
+            load_format=load_format,
+            tokenizer=tokenizer,
+            qkv_layout=qkv_layout,
+            replay=replay,
+            ignore_eos=ignore_eos,
+            max_new_tokens=max_new_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            num_speculative_tokens=speculative_tokens,
+            order=order,
+            num_threads=threads,
+            seed=seed,
+            baseline_requests=_baseline_requests(baseline_requests),
+            certify_seconds=certify_seconds,
+            save_logits=save_logits,
+            capture_rows=capture_rows,
+            capture_seed=capture_seed,
+            resume=resume,
+        )
+        result = _run(options, as_json=as_json)
+        code = Exit.INVALID if not result.valid else Exit.SOME_FAILED if result.num_failed else Exit.OK
+        if as_json:
+            print(json.dumps({**result.data, "exit_code": int(code)}))
+        else:
+            from isologit.cli.summary import print_summary
+
+            print_summary(result, profile=profile)
+    raise typer.Exit(code)
+
+
+def _run(options: RunOptions, *, as_json: bool) -> RunResult:
+    """Do the job and show it; an interruption says how to go on."""
+    from isologit.cli.display import display
+    from isologit.job.run import RunInterrupted, run_job
+
+    interrupt_on_sigterm()
+    try:
+        with display(quiet=as_json) as observer:
+            return run_job(options, observer=observer)
+    except RunInterrupted as error:
+        hint = f"; continue with: {_resume_command(error.folder)}" if error.resumable else ""
+        leave(Exit.INTERRUPTED, f"{error}{hint}", as_json=as_json)
+
+
+def _resume_command(folder: Path) -> str:
+    arguments = sys.argv[1:]
+    given = any(argument == "--output" or argument.startswith("--output=") for argument in arguments)
+    extra = [] if given else ["--output", str(folder)]
+    return shlex.join(["isologit", *arguments, *extra, *([] if "--resume" in arguments else ["--resume"])])
+
+
+def _baseline_requests(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f'--baseline-requests is a number or "all", not "{text}"') from None

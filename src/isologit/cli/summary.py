@@ -1,0 +1,74 @@
+"""The short table at the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from isologit.job.folder import OUTPUTS, REPORT
+from isologit.job.result import RunResult
+
+
+def print_summary(result: RunResult, *, profile: bool) -> None:
+    """Print what a run measured to standard output."""
+    data = result.data
+    console = Console()
+    table = Table(title=f"{data['model']['name']} · {data['dataset']['name']}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _rows(data):
+        table.add_row(name, value)
+    console.print(table)
+    if profile:
+        console.print(_profile(data["steps"]))
+    if result.num_failed:
+        console.print(f"{result.num_failed} requests have no answer; {OUTPUTS} says why", markup=False, highlight=False)
+    console.print(f"{result.folder / REPORT}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    totals, outside = data["totals"], data["outside_total"]
+    rows = [
+        ("requests", f"{totals['completed']} completed, {totals['failed']} failed"),
+        (
+            "total time",
+            f"{totals['total_s']:.2f} s (pre-process {totals['preprocess_s']:.2f}, inference "
+            f"{totals['inference_s']:.2f}, post-process {totals['postprocess_s']:.2f})",
+        ),
+        ("not in it", f"load {outside['load_s']:.1f} s, warm-up {outside['warm_up_s']:.1f} s"),
+        ("output", f"{totals['output_tokens']:,} tokens, {totals['output_tokens_per_s']:,.0f} tokens/s"),
+    ]
+    if data["mode"] == "replay":
+        rows.insert(0, ("mode", "replay: outputs were forced from a record"))
+    if len(data["segments"]) > 1:
+        rows.append(("interrupted", f"{len(data['segments'])} segments, their times added up"))
+    baseline = data["baseline"]
+    if baseline is not None:
+        rows.append(
+            (
+                "speed-up",
+                f"{baseline['speedup']:.1f}x on the same {baseline['requests']} requests: baseline "
+                f"{baseline['seconds']:.2f} s, engine {baseline['engine_s']:.2f} s",
+            )
+        )
+    certificate = data["certificate"]
+    if certificate["max_abs"] is not None:
+        rows.append(
+            (
+                "largest |Δlogit|",
+                f"{certificate['max_abs']:.3g} over {certificate['captured_rows']} rows; "
+                f"{certificate['rescored']} requests re-scored",
+            )
+        )
+    rows.append(("certificate", certificate["verdict"]))
+    rows += [("reason", reason) for reason in certificate["reasons"]]
+    return rows
+
+
+def _profile(steps: dict[str, Any]) -> Table:
+    table = Table(title="steps", show_header=False, title_justify="left")
+    for name, value in steps.items():
+        table.add_row(name.replace("_", " "), f"{value:,.3f}" if isinstance(value, float) else str(value))
+    return table

@@ -1,0 +1,90 @@
+"""What the job needs of an engine and of a reference, and how the real ones are made.
+
+Tests put others in their place. Nothing here knows what a run is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from isologit.config import ModelConfig
+from isologit.engine.loop import StepRecord
+from isologit.engine.planner import Plan
+from isologit.engine.request import GenerationRequest, RequestOutput
+from isologit.fidelity import NoiseFloor
+from isologit.job.options import RunOptions
+from isologit.model.checkpoint import Checkpoint
+from isologit.model.tokenizer import Tokenizer
+
+
+class Engine(Protocol):
+    """`isologit.LLM`, or something that acts like it."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    checkpoint: Checkpoint
+    num_threads: int
+    step_records: list[StepRecord]
+    last_plan: Plan | None
+
+    def check(self, request: GenerationRequest) -> None: ...
+    def run(self, requests: Iterable[GenerationRequest]) -> Iterator[RequestOutput]: ...
+    def warm_up(self) -> None: ...
+    def describe(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class TimedReference(Protocol):
+    """`fidelity.Reference`: the baseline is its `generate`, the certificate uses the rest."""
+
+    vocab_size: int
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        max_tokens: int,
+        eos_token_ids: Collection[int] = (),
+        *,
+        ignore_eos: bool = False,
+        forced: Sequence[int] | None = None,
+    ) -> list[int]: ...
+    def identity(self) -> dict[str, str]: ...
+    def score(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> np.ndarray: ...
+    def noise_floor(self, samples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> NoiseFloor: ...
+
+
+EngineFactory = Callable[[RunOptions], Engine]
+ReferenceFactory = Callable[[Engine], TimedReference]
+
+
+def load_engine(options: RunOptions) -> Engine:
+    """The `LLM` these options ask for. Raises ModelError or ConfigError."""
+    from isologit.llm import LLM
+    from isologit.workload import demo_model_path
+
+    speculative = None
+    if options.num_speculative_tokens:
+        speculative = {"num_speculative_tokens": options.num_speculative_tokens}
+    return LLM(
+        demo_model_path() if options.model is None else options.model,
+        tokenizer=options.tokenizer,
+        load_format=options.load_format,
+        qkv_layout=options.qkv_layout,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        enable_prefix_caching=options.enable_prefix_caching,
+        longest_first=options.order == "longest-first",
+        speculative_config=speculative,
+        num_threads=options.num_threads,
+        seed=options.seed,
+    )
+
+
+def load_reference(engine: Engine) -> TimedReference:
+    """Hugging Face's model of the engine's checkpoint, on as many threads. Raises ModelError."""
+    from isologit.fidelity import Reference
+
+    return Reference(engine.checkpoint, num_threads=engine.num_threads)

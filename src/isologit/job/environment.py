@@ -1,0 +1,64 @@
+"""The machine and the software a run happened on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import isologit
+
+_PACKAGES = ("torch", "numba", "transformers", "numpy", "safetensors", "tokenizers", "sentencepiece")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Hardware, operating system, versions, and the git revision when the package runs from a repository."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "git_revision": _git_revision(),
+        "versions": {"isologit": isologit.__version__, **{name: _version(name) for name in _PACKAGES}},
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The commit the package's own source is at, with `+changes` when files differ from it."""
+    source = Path(isologit.__file__).parent
+    try:
+        if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
+            return None  # inside someone else's repository
+        revision = _git(source, "rev-parse", "HEAD")
+        changed = _git(source, "status", "--porcelain", "--untracked-files=no", ".")
+    except OSError:
+        return None
+    return f"{revision}+changes" if revision and changed else revision
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,221 @@
+"""The main job from prompts to report. Owns the order of the stages and what is inside the clock.
+
+The clock: pre-process, inference, post-process. Loading, compiling and warm-up come before it, the baseline and the
+certificate after it; all of them are timed and listed apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from isologit.errors import DatasetError, IsologitError
+from isologit.job.baseline import Baseline, measure_baseline
+from isologit.job.engine import Engine, EngineFactory, ReferenceFactory, TimedReference, load_engine, load_reference
+from isologit.job.folder import CERTIFICATE, OUTPUTS, RESULT, STEPS, OutputFolder
+from isologit.job.inference import infer
+from isologit.job.journal import Journal
+from isologit.job.options import RunOptions
+from isologit.job.outputs import output_lines, step_lines
+from isologit.job.preprocess import Prepared, preprocess
+from isologit.job.progress import Observer, Silent
+from isologit.job.proof import add_contest_rows, fresh_capture_seed, hashes, make_certificate, plan_capture, save_rows
+from isologit.job.result import Clock, Findings, RunResult, build_result, inference_seconds
+from isologit.job.state import RunState, Segment, load_state
+from isologit.report import render_report
+
+
+class RunInterrupted(IsologitError):
+    """A run was stopped from outside. resumable: complete requests are kept in `folder`; else nothing is."""
+
+    def __init__(self, folder: Path, done: int, total: int, *, resumable: bool) -> None:
+        self.folder, self.resumable = folder, resumable
+        if done:
+            kept = f"{done} of {total} requests are complete and kept in {folder}"
+        elif resumable:
+            kept = f"what was complete before is kept in {folder}"
+        else:
+            kept = "no request was complete yet, so nothing is kept"
+        super().__init__(f"interrupted; {kept}")
+
+
+def run_job(
+    options: RunOptions,
+    *,
+    observer: Observer | None = None,
+    engine_factory: EngineFactory = load_engine,
+    reference_factory: ReferenceFactory = load_reference,
+) -> RunResult:
+    """Do everything and write the output folder.
+
+    Raises UserError before anything ran for what the user must change, RunInterrupted on KeyboardInterrupt. Whatever
+    goes wrong, requests that are complete stay in the folder for `resume`; without any, nothing stays.
+    """
+    _require_files(options)
+    folder = OutputFolder.claim(options.output_folder(), resume=options.resume)
+    job = _Job(options, folder, observer or Silent(), engine_factory, reference_factory)
+    try:
+        return job.run()
+    except KeyboardInterrupt:
+        done = job.num_finished
+        raise RunInterrupted(folder.path, done, job.num_requests, resumable=done > 0 or folder.resumed) from None
+    finally:
+        job.close()
+        folder.release()
+
+
+def _require_files(options: RunOptions) -> None:
+    for file in (options.dataset, options.replay):
+        if file is not None and not file.is_file():
+            raise DatasetError(f"{file}: no such file; check the path")
+
+
+class _Job:
+    """The stages of one run, in order."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        folder: OutputFolder,
+        observer: Observer,
+        engine_factory: EngineFactory,
+        reference_factory: ReferenceFactory,
+    ) -> None:
+        self.options = options
+        self.folder = folder
+        self.observer = observer
+        self.num_requests = 0
+        self._engine_factory = engine_factory
+        self._reference_factory = reference_factory
+        self._engine: Engine | None = None
+        self._journal: Journal | None = None
+        self._clock = Clock()
+
+    @property
+    def num_finished(self) -> int:
+        """Requests that are complete and on disk."""
+        return 0 if self._journal is None else len(self._journal.finished)
+
+    def close(self) -> None:
+        """Free the engine; partial files that hold nothing to resume from go away."""
+        if self._engine is not None:
+            self._engine.close()
+        if self._journal is not None:
+            self._journal.close()
+        if not self.num_finished and not self.folder.resumed:
+            self.folder.discard_partial()
+
+    def run(self) -> RunResult:
+        options, clock, observer = self.options, self._clock, self.observer
+        engine = self._load()
+        with self._timed("warm_up_s", "warming up"):
+            engine.warm_up()
+
+        observer.stage("reading prompts")
+        began, start = datetime.now(UTC), time.perf_counter()
+        prepared = preprocess(options, engine)
+        segment = Segment(began.isoformat(timespec="seconds"), time.perf_counter() - start)
+        found_hashes = hashes(engine, prepared)
+        state = self._state(found_hashes)
+        plan = plan_capture(prepared, options, state.capture_seed, engine.config.vocab_size)
+        kept = add_contest_rows(plan, prepared) if options.save_logits == "contest" else plan
+
+        self.num_requests = len(prepared.requests)
+        journal = self._journal = Journal(self.folder.path, engine.config.vocab_size)
+        state.close_segments(
+            journal.steps, [(r.segment, r.metrics["finished_s"] or 0.0) for r in journal.finished.values()]
+        )
+        observer.stage("running")
+        infer(prepared.with_capture(kept).requests, engine, journal, state, segment, self.folder, observer)
+        engine_facts, chosen = engine.describe(), engine.last_plan
+
+        start = time.perf_counter()
+        self.folder.write_lines(OUTPUTS, output_lines(prepared, journal.finished, state.segments))
+        clock.postprocess_s = time.perf_counter() - start
+        rows = journal.captured()
+        if options.save_logits != "none":
+            self.folder.write_logits(lambda path: save_rows(path, rows, journal.finished, options))
+        self.folder.write_lines(STEPS, step_lines(journal.steps, state.segments))
+
+        with self._timed("baseline_s", "timing the baseline"):
+            reference = self._reference_factory(engine)
+            baseline = self._baseline(prepared, journal, engine, reference, inference_seconds(state.segments))
+        with self._timed("certificate_s", "checking against the reference"):
+            certificate = make_certificate(
+                prepared,
+                journal.finished,
+                rows,
+                plan,
+                engine,
+                reference,
+                observer,
+                options=options,
+                seed=state.capture_seed,
+                run_s=inference_seconds(state.segments),
+                found_hashes=found_hashes,
+            )
+        capture = {"seed": state.capture_seed, "rows_planned": sum(map(len, plan.values())), "rows_kept": len(rows)}
+        found = Findings(
+            options=options,
+            prepared=prepared,
+            finished=journal.finished,
+            segments=state.segments,
+            steps=journal.steps,
+            clock=clock,
+            hashes=found_hashes,
+            capture=capture,
+            engine_facts=engine_facts,
+            plan=chosen,
+            baseline=baseline,
+        )
+        result = build_result(found, certificate, engine, self.folder.path)
+        self.folder.write_json(CERTIFICATE, {**certificate.to_dict(), "capture": capture})
+        self.folder.write_json(RESULT, result.data)  # NOTE: last of the results; it is what makes a run finished
+        render_report(self.folder.path)
+        self.folder.discard_partial()
+        return result
+
+    def _load(self) -> Engine:
+        with self._timed("load_s", "loading the model"):
+            engine = self._engine = self._engine_factory(self.options)
+            engine.checkpoint.sha256()
+        return engine
+
+    def _state(self, found_hashes: dict[str, str]) -> RunState:
+        identity = {**self.options.identity(), **{f"{name} hash": value for name, value in found_hashes.items()}}
+        if not self.folder.resumed:
+            return RunState(identity, fresh_capture_seed(self.options))
+        state = load_state(self.folder.path)
+        state.require_same(identity, self.folder.path)
+        return state
+
+    def _baseline(
+        self, prepared: Prepared, journal: Journal, engine: Engine, reference: TimedReference, inference_s: float
+    ) -> Baseline | None:
+        completed = [
+            request
+            for request in prepared.requests
+            if request.request_id in journal.finished and journal.finished[request.request_id].completed
+        ]
+        if self.options.baseline_requests == 0 or not completed:
+            return None
+        return measure_baseline(
+            completed,
+            {request_id: found.token_ids for request_id, found in journal.finished.items()},
+            engine,
+            reference,
+            self.observer,
+            size=self.options.baseline_requests,
+            seed=self.options.seed,
+            main_inference_s=inference_s,
+        )
+
+    @contextmanager
+    def _timed(self, field: str, stage: str) -> Iterator[None]:
+        self.observer.stage(stage)
+        start = time.perf_counter()
+        yield
+        setattr(self._clock, field, time.perf_counter() - start)
