@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ _CRC_MARK = b"crc_num"
 _CRC_BYTES = 10
 _VARINT, _LENGTH_DELIMITED = 0, 2
 _CRC_CHUNK_BYTES = 1 << 26
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python's mmap has no name for it
 
 
 class _EndOfBytes(Exception):
@@ -58,8 +60,10 @@ def read_mindspore_ckpt(file: Path) -> dict[str, StoredTensor]:
     """
     try:
         with file.open("rb") as handle:
-            # A private copy-on-write mapping: tensors over it are writable, the file never changes.
-            data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Copy-on-write: tensors over the mapping are writable and the file never changes. No memory is reserved for
+            # it, so the file may be larger than memory.
+            flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+            data = mmap.mmap(handle.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     except ValueError:
         raise ModelError(f"{file}: is empty; copy it again") from None
     except OSError as error:
