@@ -12,6 +12,9 @@ import numpy as np
 from isologit.engine.request import GenerationRequest
 from isologit.job.engine import Engine, TimedReference
 from isologit.job.progress import Observer, Progress
+from isologit.job.threads import fastest_thread_count, torch_threads
+
+_CALIBRATION_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Baseline:
 
     engine_run: "main" when the sample is everything and the main run's inference is its time, else "alone".
     equal_outputs: requests whose tokens the baseline and the main run agree on. engine_repeats: requests whose tokens
-    the engine gave again when it ran the sample alone (None when it did not run again).
+    the engine gave again when it ran the sample alone (None when it did not run again). threads: the number the
+    baseline is fastest with.
     """
 
     requests: int
@@ -31,6 +35,7 @@ class Baseline:
     engine_run: str
     equal_outputs: int
     engine_repeats: int | None
+    threads: int
     seed: int
 
     @property
@@ -51,6 +56,7 @@ class Baseline:
             "speedup": self.speedup,
             "equal_outputs": self.equal_outputs,
             "engine_repeats": self.engine_repeats,
+            "threads": self.threads,
             "sample_seed": self.seed,
         }
 
@@ -85,18 +91,19 @@ def measure_baseline(
     else:
         engine_s, repeats = _time_engine(sample, tokens, engine)
     eos = engine.config.eos_token_ids
-    first = sample[0]
-    reference.generate(first.prompt_token_ids, 2, eos)  # not timed: the first call loads code
+    prompt = sample[len(sample) // 2].prompt_token_ids
+    threads = fastest_thread_count(lambda: reference.generate(prompt, _CALIBRATION_TOKENS, ()), engine.num_threads)
     seconds, equal = 0.0, 0
     for done, request in enumerate(sample, 1):
         start = time.perf_counter()
-        output = reference.generate(
-            request.prompt_token_ids,
-            request.params.max_tokens,
-            eos,
-            ignore_eos=request.params.ignore_eos,
-            forced=request.replay_token_ids,
-        )
+        with torch_threads(threads):
+            output = reference.generate(
+                request.prompt_token_ids,
+                request.params.max_tokens,
+                eos,
+                ignore_eos=request.params.ignore_eos,
+                forced=request.replay_token_ids,
+            )
         seconds += time.perf_counter() - start
         equal += output == tokens[request.request_id]
         observer.progress(Progress(done, len(sample), done / len(sample)))
@@ -109,6 +116,7 @@ def measure_baseline(
         engine_run="main" if everything else "alone",
         equal_outputs=equal,
         engine_repeats=repeats,
+        threads=threads,
         seed=seed,
     )
 

@@ -84,7 +84,7 @@ def load_engine(options: RunOptions) -> Engine:
 
 
 def load_reference(engine: Engine) -> TimedReference:
-    """Hugging Face's model of the engine's checkpoint, on as many threads. Raises ModelError."""
+    """Hugging Face's model of the engine's checkpoint; torch's threads are the caller's. Raises ModelError."""
     from isologit.fidelity import Reference
 
-    return Reference(engine.checkpoint, num_threads=engine.num_threads)
+    return Reference(engine.checkpoint)

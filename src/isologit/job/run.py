@@ -25,6 +25,7 @@ from isologit.job.progress import Observer, Silent
 from isologit.job.proof import add_contest_rows, fresh_capture_seed, hashes, make_certificate, plan_capture, save_rows
 from isologit.job.result import Clock, Findings, RunResult, build_result, inference_seconds
 from isologit.job.state import RunState, Segment, load_state
+from isologit.job.threads import torch_threads
 from isologit.report import render_report
 
 
@@ -143,7 +144,7 @@ class _Job:
         with self._timed("baseline_s", "timing the baseline"):
             reference = self._reference_factory(engine)
             baseline = self._baseline(prepared, journal, engine, reference, inference_seconds(state.segments))
-        with self._timed("certificate_s", "checking against the reference"):
+        with self._timed("certificate_s", "checking against the reference"), torch_threads(engine.num_threads):
             certificate = make_certificate(
                 prepared,
                 journal.finished,
