@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from isologit.config.model_config import ARCHITECTURE, ModelConfig, read_json_object
 from isologit.errors import ModelError
