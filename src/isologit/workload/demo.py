@@ -57,11 +57,10 @@ def _prompt_of_length(
     wanted: int, by_length: dict[int, list[Pair]], tokenizer: sentencepiece.SentencePieceProcessor, rng: random.Random
 ) -> str:
     """A prompt of `wanted` tokens with BOS and the final line break, or the closest instruction there is."""
-    if wanted in by_length:
-        return rng.choice(by_length[wanted]).instruction + "\n"
-    longest = max(by_length)
-    if wanted < longest:
-        return rng.choice(by_length[min(by_length, key=lambda length: abs(length - wanted))]).instruction + "\n"
+    if wanted <= max(by_length):
+        closest = by_length[min(by_length, key=lambda length: abs(length - wanted))]
+        kind = rng.choice(sorted({_kind(pair) for pair in closest}))  # all kinds of tasks are equally likely
+        return rng.choice([pair for pair in closest if _kind(pair) == kind]).instruction + "\n"
     words = "Repeat the sentence 2 times:".split(" ")
     size = len(tokenizer.encode(" ".join(words) + "\n")) + 1
     while size < wanted:
@@ -71,3 +70,7 @@ def _prompt_of_length(
                 break
             words.append(word)
     return " ".join(words) + "\n"
+
+
+def _kind(pair: Pair) -> str:
+    return pair.instruction.split(" ", 1)[0]
