@@ -34,9 +34,22 @@ from isologit.ops.cpu import (
     rms_norm_row,
     rotate_and_cache_row,
 )
-from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH, atomic_add
+from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH, atomic_add, monotonic_ns
 
-_PHASES_PER_LAYER = 5  # phases that share work through a counter: qkv, attention, output, gate-up, down
+_COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, attention, output, gate-up, down
+
+# What the step's time is booked under, in the order of `LlamaCPU.phase_ns`.
+PHASES = ("elementwise", "qkv", "attention", "output", "gate_up", "down", "head", "argmax")
+_ELEMENTWISE, _QKV, _ATTENTION, _OUTPUT, _GATE_UP, _DOWN, _HEAD, _ARGMAX = range(len(PHASES))
+
+
+@njit(nogil=True)
+def _book(thread, clock, phase):
+    """Add the time since the last call to `clock[phase]`; thread 0 keeps the books, `clock[-1]` is the last call."""
+    if thread == 0:
+        now = monotonic_ns()
+        clock[phase] += now - clock[-1]
+        clock[-1] = now
 
 
 @njit(nogil=True)
@@ -52,7 +65,7 @@ def _step(
     embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down, w_head,
     num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab, value_width, eps, cos, sin, keys, values,
     residual, normed, qkv, attended, gated, tile_scratch, query_scratch, score_scratch, sum_scratch, offset_scratch,
-    logits, chosen,
+    logits, chosen, clock,
 ):  # fmt: skip
     """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R]."""
     rows = token_ids.shape[0]
@@ -66,6 +79,8 @@ def _step(
     queries, scores, sums = query_scratch[thread], score_scratch[thread].reshape(-1), sum_scratch[thread]
     scores_stride = score_scratch.shape[2]
     counter = 0
+    if thread == 0:
+        clock[-1] = monotonic_ns()
     for r in range(thread, rows, num_threads):
         for i in range(hidden):
             residual[r, i] = embedding[token_ids[r], i]
@@ -73,11 +88,14 @@ def _step(
         # Rows are dealt to threads in the same way below and above, so no barrier is needed before the norm.
         if layer > 0:
             barrier(sync, num_threads)
+            _book(thread, clock, _DOWN)
         _norm_rows(thread, num_threads, residual_flat, stride, rows, input_gains[layer], hidden, eps, normed_flat)
         barrier(sync, num_threads)
+        _book(thread, clock, _ELEMENTWISE)
         linear(normed_flat, stride, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE, scratch, counters, counter)
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
+        _book(thread, clock, _QKV)
         layer_keys, layer_values = keys[layer], values[layer]
         for r in range(thread, rows, num_threads):
             rotate_and_cache_row(
@@ -85,6 +103,7 @@ def _step(
                 cos, sin, layer_keys, layer_values,
             )  # fmt: skip
         barrier(sync, num_threads)
+        _book(thread, clock, _ELEMENTWISE)
         while True:
             item = atomic_add(counters, counter, 1)
             if item >= tiles.shape[0] * num_kv_heads:
@@ -98,38 +117,46 @@ def _step(
             )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
+        _book(thread, clock, _ATTENTION)
         linear(
             attended_flat, out_stride, rows, num_heads * head_dim, w_out[layer], residual_flat, stride, ADD,
             scratch, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
+        _book(thread, clock, _OUTPUT)
         _norm_rows(thread, num_threads, residual_flat, stride, rows, post_gains[layer], hidden, eps, normed_flat)
         barrier(sync, num_threads)
+        _book(thread, clock, _ELEMENTWISE)
         linear(
             normed_flat, stride, rows, hidden, w_gate_up[layer], gated_flat, gated_stride, SWIGLU,
             scratch, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
+        _book(thread, clock, _GATE_UP)
         linear(
             gated_flat, gated_stride, rows, intermediate, w_down[layer], residual_flat, stride, ADD,
             scratch, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
     barrier(sync, num_threads)
+    _book(thread, clock, _DOWN)
     logits_flat = logits.reshape(-1)
     for i in range(thread, logits_rows.shape[0], num_threads):
         rms_norm_row(residual_flat, logits_rows[i] * stride, final_gain, hidden, eps, normed_flat, i * stride)
     barrier(sync, num_threads)
+    _book(thread, clock, _ELEMENTWISE)
     linear(
         normed_flat, stride, logits_rows.shape[0], hidden, w_head, logits_flat, logits.shape[1], STORE,
         scratch, counters, counter,
     )  # fmt: skip
     barrier(sync, num_threads)
+    _book(thread, clock, _HEAD)
     for i in range(thread, logits_rows.shape[0], num_threads):
         chosen[i] = argmax_row(logits_flat, i * logits.shape[1], vocab)
     barrier(sync, num_threads)
+    _book(thread, clock, _ARGMAX)
 
 
 class _Crew:
@@ -184,6 +211,7 @@ class LlamaCPU:
         self.num_threads = num_threads
         self.max_model_len = max_model_len
         self._crew = _Crew(num_threads)
+        self._clock = np.zeros(len(PHASES) + 1, np.int64)
         self._load(tensors)
         angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), rope_inv_freq(config))
         self._cos, self._sin = angles.cos().numpy().reshape(-1), angles.sin().numpy().reshape(-1)
@@ -242,6 +270,11 @@ class LlamaCPU:
         return 4 * c.num_hidden_layers * c.num_key_value_heads * self.block_size * (c.head_dim + self._value_width)
 
     @property
+    def phase_ns(self) -> dict[str, int]:
+        """Nanoseconds all steps so far spent in each of PHASES, waiting for the other threads included."""
+        return dict(zip(PHASES, self._clock[:-1].tolist(), strict=True))
+
+    @property
     def _value_width(self) -> int:
         return _round_up(self.config.head_dim, PANEL_WIDTH)
 
@@ -270,7 +303,7 @@ class LlamaCPU:
         context = _round_up(self.max_model_len, PANEL_WIDTH) + PANEL_WIDTH
         self._score_scratch = np.zeros((self.num_threads, tile_rows, context), np.float32)
         self._sum_scratch = np.zeros((self.num_threads, tile_rows), np.float32)
-        self._counters = np.zeros(COUNTER_STRIDE * (_PHASES_PER_LAYER * c.num_hidden_layers + 2), np.int64)
+        self._counters = np.zeros(COUNTER_STRIDE * (_COUNTERS_PER_LAYER * c.num_hidden_layers + 2), np.int64)
         self._logits = np.zeros((0, self._w_head.shape[0] * PANEL_WIDTH), np.float32)
 
     def forward(self, batch: FlatBatch) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +324,7 @@ class LlamaCPU:
             self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,
             self._residual[:tokens], self._normed, self._qkv[:tokens], self._attended[:tokens], self._gated[:tokens],
             self._tile_scratch, self._query_scratch, self._score_scratch, self._sum_scratch,
-            self._offset_scratch, self._logits, chosen,
+            self._offset_scratch, self._logits, chosen, self._clock,
         )  # fmt: skip
         return self._logits[:rows, : c.vocab_size], chosen
 

@@ -55,7 +55,7 @@ def fast_exp(x):
     Range reduction and polynomial of the Cephes library's `expf`; below -87 the result is 0 within one denormal.
     """
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    n = np.float32(math.floor(x * np.float32(1.44269504088896341) + np.float32(0.5)))
+    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)

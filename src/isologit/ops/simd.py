@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,24 @@ def atomic_load(typing_context, array, index):
         return builder.load_atomic(pointer, "seq_cst", 8)
 
     return types.int64(array, types.int64), codegen
+
+
+@intrinsic
+def monotonic_ns(typing_context):
+    """Nanoseconds of the system's monotonic clock (POSIX `clock_gettime`)."""
+
+    def codegen(context, builder, signature, args):
+        i64, i32 = ir.IntType(64), ir.IntType(32)
+        moment = cgutils.alloca_once(builder, ir.ArrayType(i64, 2))
+        pointer = builder.bitcast(moment, i64.as_pointer())
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(i32, [i32, i64.as_pointer()]), "clock_gettime"
+        )
+        builder.call(function, [i32(time.CLOCK_MONOTONIC), pointer])
+        seconds, nanoseconds = (builder.load(builder.gep(pointer, [i64(i)])) for i in range(2))
+        return builder.add(builder.mul(seconds, i64(1_000_000_000)), nanoseconds)
+
+    return types.int64(), codegen
 
 
 @intrinsic
