@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from isologit.ops import cpu
-from isologit.ops.registry import OPS, linear_numba
+from isologit.ops.registry import OPS, linear_numba, swiglu_numba
 
 PAIRS = [(op.name, provider) for op in OPS.values() for provider in op.providers]
 
@@ -38,8 +38,16 @@ def test_product_rows_do_not_depend_on_the_batch(storage: str) -> None:
     x = torch.randn(40, 130, generator=generator)
     weight = torch.randn(50, 130, generator=generator).to(getattr(torch, storage)).float()
     together = linear_numba(x, weight, storage)
-    for first, last in [(0, 1), (3, 5), (7, 11), (10, 17), (13, 40)]:
+    for first, last in [(0, 1), (3, 5), (2, 5), (7, 11), (4, 9), (10, 17), (20, 28), (3, 12), (13, 40)]:
         assert torch.equal(linear_numba(x[first:last], weight, storage), together[first:last])
+
+
+def test_gated_rows_do_not_depend_on_the_batch() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, gate, up = (torch.randn(n, 64, generator=generator) for n in (30, 150, 150))
+    together = swiglu_numba(x, gate, up)
+    for first, last in [(0, 1), (3, 5), (2, 5), (7, 11), (4, 9), (10, 17), (20, 28), (13, 30)]:
+        assert torch.equal(swiglu_numba(x[first:last], gate, up), together[first:last])
 
 
 def test_sixteen_bit_weights_are_widened_exactly() -> None:

@@ -16,6 +16,7 @@ import torch
 from numba import njit
 
 from isologit.ops.simd import (
+    EPILOGUES,
     PANEL_WIDTH,
     TILE_ROWS,
     VECTOR_WIDTH,
@@ -28,13 +29,22 @@ from isologit.ops.simd import (
 
 COUNTER_STRIDE = 8  # int64 elements between counters: one cache line each
 _SPINS_BEFORE_YIELD = 2000
-TILE_SCRATCH = TILE_ROWS * PANEL_WIDTH  # float32 elements of one thread's tile scratch
 _L2_ROW_BLOCK_BYTES = 192 * 1024  # activations one thread keeps in its second-level cache while panels pass by
 
 
 def panel_count(out_features: int) -> int:
     """Number of weight panels, the last one padded with zeros."""
     return -(-out_features // PANEL_WIDTH)
+
+
+def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[I, H] gate and up -> rows in groups of VECTOR_WIDTH gate rows, then the matching up rows (zero-padded)."""
+    features, hidden = gate.shape
+    groups = -(-features // VECTOR_WIDTH)
+    padded = torch.zeros((2, groups * VECTOR_WIDTH, hidden), dtype=gate.dtype)
+    padded[0, :features] = gate
+    padded[1, :features] = up
+    return padded.view(2, groups, VECTOR_WIDTH, hidden).transpose(0, 1).reshape(-1, hidden)
 
 
 def pack_weight(weight: torch.Tensor, storage: str) -> np.ndarray:
@@ -90,72 +100,86 @@ def rms_norm_row(x, x_offset, gain, size, eps, out, out_offset):
         out[out_offset + i] = x[x_offset + i] * scale * gain[i]
 
 
-@njit(nogil=True, fastmath={"contract"})
-def swiglu_tile(tile, rows, out, out_offset, out_stride):
-    """silu(gate) * up for a tile whose panel holds VECTOR_WIDTH gate columns, then as many up columns."""
-    for r in range(rows):
-        for lane in range(VECTOR_WIDTH):
-            gate = tile[r * PANEL_WIDTH + lane]
-            up = tile[r * PANEL_WIDTH + VECTOR_WIDTH + lane]
-            out[out_offset + r * out_stride + lane] = gate / (np.float32(1.0) + fast_exp(-gate)) * up
+def _make_tiles(epilogue: str) -> Any:
+    """Product of any number of rows with one panel, built from register tiles of fixed heights.
 
-
-def _make_tiles(*, add: bool) -> Any:
-    """Product of any number of rows with one panel, built from register tiles of fixed heights."""
-    t1 = make_tile_product(1, add=add)
-    t2 = make_tile_product(2, add=add)
-    t4 = make_tile_product(4, add=add)
-    t6 = make_tile_product(6, add=add)
-    t12 = make_tile_product(12, add=add) if TILE_ROWS == 12 else t6
+    Tiles are as tall as registers allow; the last two share their rows evenly, because a tile of one or two rows has
+    too few chains in flight to hide the latency of the multiply-add.
+    """
+    t1 = make_tile_product(1, epilogue)
+    t2 = make_tile_product(2, epilogue)
+    t3 = make_tile_product(3, epilogue)
+    t4 = make_tile_product(4, epilogue)
+    t5 = make_tile_product(5, epilogue)
+    t6 = make_tile_product(6, epilogue)
+    t8 = make_tile_product(8, epilogue) if TILE_ROWS == 12 else t6
+    t12 = make_tile_product(12, epilogue) if TILE_ROWS == 12 else t6
 
     @njit(nogil=True)
-    def tiles(x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride, rows):
+    def tiles(x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, out, out_offset, out_stride, rows):
         r = 0
         while r < rows:
             left = rows - r
             xo = x_offset + r * x_stride
             oo = out_offset + r * out_stride
+            if left > TILE_ROWS and left < 2 * TILE_ROWS:
+                left = (left + 1) // 2
             if left >= 12 and TILE_ROWS == 12:
-                t12(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+                t12(x, xo, x_stride, w, w_offset, w_stride, depth, 0, out, oo, out_stride)
                 r += 12
+            elif left >= 8 and TILE_ROWS == 12:
+                t8(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
+                r += 8
             elif left >= 6:
-                t6(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+                t6(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
                 r += 6
-            elif left >= 4:
-                t4(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+            elif left == 5:
+                t5(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
+                r += 5
+            elif left == 4:
+                t4(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
                 r += 4
-            elif left >= 2:
-                t2(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+            elif left == 3:
+                t3(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
+                r += 3
+            elif left == 2:
+                t2(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
                 r += 2
             else:
-                t1(x, xo, x_stride, w, w_offset, w_stride, depth, out, oo, out_stride)
+                t1(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
                 r += 1
 
     return tiles
 
 
-dot_tiles = _make_tiles(add=False)
-accumulate_tiles = _make_tiles(add=True)
+STORE, ADD, SWIGLU = range(len(EPILOGUES))  # what `linear` does with a product
 
-_dot_1x4 = make_tile_product(1, add=False, panels=4)
-_dot_2x2 = make_tile_product(2, add=False, panels=2)
-_accumulate_1x4 = make_tile_product(1, add=True, panels=4)
-_accumulate_2x2 = make_tile_product(2, add=True, panels=2)
+dot_tiles = _make_tiles("store")
+accumulate_tiles = _make_tiles("add")
+_swiglu_tiles = _make_tiles("swiglu")
 
-STORE, ADD, SWIGLU = 0, 1, 2  # what `linear` does with a product: keep it, add it to `out`, or gate it
+_dot_1x4 = make_tile_product(1, "store", panels=4)
+_dot_2x2 = make_tile_product(2, "store", panels=2)
+_accumulate_1x4 = make_tile_product(1, "add", panels=4)
+_accumulate_2x2 = make_tile_product(2, "add", panels=2)
+_swiglu_1x4 = make_tile_product(1, "swiglu", panels=4)
+_swiglu_2x2 = make_tile_product(2, "swiglu", panels=2)
 
 
 @njit(nogil=True)
-def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, scratch, counters, counter):
+def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, offsets, counters, counter):
     """One thread's share of `out = x @ W^T` ([rows, in_features] x panels of W) with the given epilogue.
 
     Threads share the panels through `counters[counter]`, so a core that another process slows down takes fewer.
-    `scratch` holds TILE_ROWS * PANEL_WIDTH float32 and belongs to this thread.
+    `offsets` holds 4 int64 and belongs to this thread.
     """
     num_panels = panels.shape[0]
     flat = panels.reshape(-1)
+    panel_size = in_features * PANEL_WIDTH
+    panel_columns = VECTOR_WIDTH if epilogue == SWIGLU else PANEL_WIDTH
     row_block = max(TILE_ROWS, _L2_ROW_BLOCK_BYTES // (4 * in_features) // TILE_ROWS * TILE_ROWS)
-    chunk = max(1, min(8, num_panels // 32))
+    side_by_side = 4 if rows == 1 else 2 if rows == 2 else 1
+    chunk = max(side_by_side, min(8, num_panels // 32))
     while True:
         first = atomic_add(counters, counter, chunk)
         if first >= num_panels:
@@ -163,26 +187,49 @@ def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, sc
         last = min(num_panels, first + chunk)
         for block in range(0, rows, row_block):
             n = min(row_block, rows - block)
-            for panel in range(first, last):
-                w_offset = panel * in_features * PANEL_WIDTH
+            panel = first
+            while panel < last:
+                xo = block * x_stride
+                wo = panel * panel_size
+                oo = block * out_stride + panel * panel_columns
+                if side_by_side > 1 and panel + side_by_side <= last:
+                    for i in range(side_by_side):
+                        offsets[i] = wo + i * panel_size
+                    _short_product(
+                        x, xo, x_stride, flat, offsets, in_features, side_by_side * panel_size,
+                        out, oo, out_stride, rows, epilogue,
+                    )  # fmt: skip
+                    panel += side_by_side
+                    continue
                 if epilogue == SWIGLU:
-                    for r in range(block, block + n, TILE_ROWS):
-                        m = min(TILE_ROWS, block + n - r)
-                        dot_tiles(
-                            x, r * x_stride, x_stride, flat, w_offset, PANEL_WIDTH, in_features,
-                            scratch, 0, PANEL_WIDTH, m,
-                        )  # fmt: skip
-                        swiglu_tile(scratch, m, out, r * out_stride + panel * VECTOR_WIDTH, out_stride)
+                    _swiglu_tiles(
+                        x, xo, x_stride, flat, wo, PANEL_WIDTH, in_features, panel_size, out, oo, out_stride, n
+                    )
                 elif epilogue == ADD:
                     accumulate_tiles(
-                        x, block * x_stride, x_stride, flat, w_offset, PANEL_WIDTH, in_features,
-                        out, block * out_stride + panel * PANEL_WIDTH, out_stride, n,
-                    )  # fmt: skip
+                        x, xo, x_stride, flat, wo, PANEL_WIDTH, in_features, panel_size, out, oo, out_stride, n
+                    )
                 else:
-                    dot_tiles(
-                        x, block * x_stride, x_stride, flat, w_offset, PANEL_WIDTH, in_features,
-                        out, block * out_stride + panel * PANEL_WIDTH, out_stride, n,
-                    )  # fmt: skip
+                    dot_tiles(x, xo, x_stride, flat, wo, PANEL_WIDTH, in_features, panel_size, out, oo, out_stride, n)
+                panel += 1
+
+
+@njit(nogil=True)
+def _short_product(x, x_offset, x_stride, w, offsets, depth, ahead, out, out_offset, out_stride, rows, epilogue):
+    """One row with four panels, or two rows with two."""
+    if rows == 1:
+        if epilogue == SWIGLU:
+            _swiglu_1x4(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+        elif epilogue == ADD:
+            _accumulate_1x4(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+        else:
+            _dot_1x4(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+    elif epilogue == SWIGLU:
+        _swiglu_2x2(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+    elif epilogue == ADD:
+        _accumulate_2x2(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+    else:
+        _dot_2x2(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
 
 
 @njit(nogil=True, fastmath={"contract"})
@@ -267,14 +314,18 @@ def attention_tile(
         for i in range(ahead):
             offsets[i] = (table[b + i] * num_kv_heads + kv_head) * panel_size
         if total_rows == 1 and ahead == 4:
-            _dot_1x4(queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, scores, b * PANEL_WIDTH, scores_stride)
+            _dot_1x4(
+                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, 0, scores, b * PANEL_WIDTH, scores_stride
+            )
             b += 4
         elif total_rows == 2 and ahead >= 2:
-            _dot_2x2(queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, scores, b * PANEL_WIDTH, scores_stride)
+            _dot_2x2(
+                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, 0, scores, b * PANEL_WIDTH, scores_stride
+            )
             b += 2
         else:
             dot_tiles(
-                queries, 0, head_dim, keys, offsets[0], PANEL_WIDTH, head_dim,
+                queries, 0, head_dim, keys, offsets[0], PANEL_WIDTH, head_dim, 0,
                 scores, b * PANEL_WIDTH, scores_stride, total_rows,
             )  # fmt: skip
             b += 1
@@ -296,19 +347,19 @@ def attention_tile(
                 offsets[i] = block + column + i * PANEL_WIDTH
             if total_rows == 1 and ahead == 4:
                 _accumulate_1x4(
-                    scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth,
+                    scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth, 0,
                     queries, column, value_width,
                 )  # fmt: skip
                 column += 4 * PANEL_WIDTH
             elif total_rows == 2 and ahead >= 2:
                 _accumulate_2x2(
-                    scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth,
+                    scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth, 0,
                     queries, column, value_width,
                 )  # fmt: skip
                 column += 2 * PANEL_WIDTH
             else:
                 accumulate_tiles(
-                    scores, b * PANEL_WIDTH, scores_stride, values, block + column, value_width, depth,
+                    scores, b * PANEL_WIDTH, scores_stride, values, block + column, value_width, depth, 0,
                     queries, column, value_width, total_rows,
                 )  # fmt: skip
                 column += PANEL_WIDTH

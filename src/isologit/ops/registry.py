@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from isologit.ops import cpu
-from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
+from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS
 
 Inputs = dict[str, Any]
 
@@ -50,9 +50,12 @@ def _linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def linear_numba(x: torch.Tensor, weight: torch.Tensor, storage: str = "float32") -> torch.Tensor:
     """One thread's packed product; `weight` must be exact in `storage`."""
+    return _packed_product(x, weight, storage, cpu.STORE)[:, : weight.shape[0]]
+
+
+def _packed_product(x: torch.Tensor, weight: torch.Tensor, storage: str, epilogue: int) -> torch.Tensor:
     panels = cpu.pack_weight(weight, storage)
     out = np.zeros((x.shape[0], panels.shape[0] * PANEL_WIDTH), np.float32)
-    scratch, counters = np.zeros(cpu.TILE_SCRATCH, np.float32), np.zeros(1, np.int64)
     cpu.linear(
         _flat(x),
         x.shape[1],
@@ -61,12 +64,12 @@ def linear_numba(x: torch.Tensor, weight: torch.Tensor, storage: str = "float32"
         panels,
         out.reshape(-1),
         out.shape[1],
-        cpu.STORE,
-        scratch,
-        counters,
+        epilogue,
+        np.zeros(4, np.int64),
+        np.zeros(1, np.int64),
         0,
     )
-    return torch.from_numpy(out[:, : weight.shape[0]])
+    return torch.from_numpy(out)
 
 
 def _norm_inputs(generator: torch.Generator) -> Inputs:
@@ -87,22 +90,24 @@ def rms_norm_numba(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Ten
 
 
 def _swiglu_inputs(generator: torch.Generator) -> Inputs:
+    rows = int(torch.randint(1, 20, (1,), generator=generator))
     return {
-        "gate": torch.randn(TILE_ROWS, VECTOR_WIDTH, generator=generator) * 8,
-        "up": torch.randn(TILE_ROWS, VECTOR_WIDTH, generator=generator),
+        "x": torch.randn(rows, 70, generator=generator),
+        "gate": torch.randn(45, 70, generator=generator),
+        "up": torch.randn(45, 70, generator=generator),
     }
 
 
-def _swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, elementwise (Shazeer 2020)."""
-    return gate * torch.sigmoid(gate) * up
+def _swiglu_reference(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[T, in] x two [out, in] -> [T, out]: silu(x @ gate^T) * (x @ up^T) (Shazeer 2020)."""
+    gated = x @ gate.T
+    return gated * torch.sigmoid(gated) * (x @ up.T)
 
 
-def swiglu_numba(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """One tile whose panel holds gate columns, then up columns."""
-    out = np.zeros(gate.numel(), np.float32)
-    cpu.swiglu_tile(_flat(torch.cat([gate, up], dim=1)), gate.shape[0], out, 0, VECTOR_WIDTH)
-    return torch.from_numpy(out).view_as(gate)
+def swiglu_numba(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The product with interleaved weights and the activation as its epilogue."""
+    out = _packed_product(x, cpu.interleave_gate_up(gate, up), "float32", cpu.SWIGLU)
+    return out[:, : gate.shape[0]]
 
 
 def _attention_inputs(generator: torch.Generator) -> Inputs:
@@ -196,7 +201,7 @@ OPS: dict[str, Op] = {
             "linear", _linear_reference, _linear_inputs, 2e-5, {"numba": linear_numba, "numba-float16": _linear_float16}
         ),
         Op("rms_norm", _norm_reference, _norm_inputs, 1e-5, {"numba": rms_norm_numba}),
-        Op("swiglu", _swiglu_reference, _swiglu_inputs, 1e-5, {"numba": swiglu_numba}),
+        Op("swiglu", _swiglu_reference, _swiglu_inputs, 2e-4, {"numba": swiglu_numba}),
         Op("paged_attention", _attention_reference, _attention_inputs, 1e-5, {"numba": paged_attention_numba}),
         Op("argmax", _argmax_reference, _argmax_inputs, 0.0, {"numba": argmax_numba}),
     )

@@ -76,44 +76,109 @@ def _load_weights(builder: Any, pointer: Any, storage: str) -> Any:
     return builder.bitcast(shifted, wide)
 
 
+def _constant(value: float) -> Any:
+    return ir.Constant(ir.VectorType(ir.FloatType(), VECTOR_WIDTH), [value] * VECTOR_WIDTH)
+
+
+def _spread(builder: Any, scalar: Any) -> Any:
+    """The scalar in every lane."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, VECTOR_WIDTH), ir.Undefined)
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), VECTOR_WIDTH), [0] * VECTOR_WIDTH)
+    first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
+def _float_intrinsic(builder: Any, name: str, *args: Any) -> Any:
+    vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
+    signature = ir.FunctionType(vector, [vector] * len(args))
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}.v{VECTOR_WIDTH}f32"), args
+    )
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+    return _float_intrinsic(builder, "fma", a, b, c)
+
+
+def _prefetch(builder: Any, pointer: Any) -> None:
+    """Ask for a cache line that will be read soon; any address is allowed."""
+    i32, address = ir.IntType(32), ir.IntType(8).as_pointer()
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [address, i32, i32, i32]), "llvm.prefetch.p0"
+    )
+    read, keep, data = (ir.Constant(i32, value) for value in (0, 2, 1))
+    builder.call(function, [builder.bitcast(pointer, address), read, keep, data])
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """exp(x) within 2 ulp; the range reduction and polynomial of the Cephes library's `expf`."""
+    bits = ir.VectorType(ir.IntType(32), VECTOR_WIDTH)
+    x = _float_intrinsic(builder, "maxnum", _float_intrinsic(builder, "minnum", x, _constant(88.0)), _constant(-87.0))
+    n = _float_intrinsic(builder, "floor", _fma(builder, x, _constant(1.44269504088896341), _constant(0.5)))
+    r = _fma(builder, n, _constant(-0.693359375), x)
+    r = _fma(builder, n, _constant(2.12194440e-4), r)
+    p = _constant(_EXP_POLYNOMIAL[0])
+    for coefficient in _EXP_POLYNOMIAL[1:]:
+        p = _fma(builder, p, r, _constant(coefficient))
+    y = _fma(builder, builder.fmul(p, r), r, builder.fadd(r, _constant(1.0)))
+    biased = builder.add(builder.fptosi(n, bits), ir.Constant(bits, [127] * VECTOR_WIDTH))
+    power = builder.bitcast(builder.shl(biased, ir.Constant(bits, [23] * VECTOR_WIDTH)), y.type)
+    return builder.fmul(y, power)
+
+
+def _swiglu(builder: Any, gate: Any, up: Any) -> Any:
+    """gate / (1 + exp(-gate)) * up."""
+    denominator = builder.fadd(_exp(builder, builder.fneg(gate)), _constant(1.0))
+    return builder.fmul(builder.fdiv(gate, denominator), up)
+
+
+_EXP_POLYNOMIAL = (
+    1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
+)  # fmt: skip
 _STORAGE_OF_DTYPE = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_CACHE_LINE = 64
 
 
-def make_tile_product(rows: int, *, add: bool, panels: int = 1) -> Any:
-    """Register-tile product `out[rows, PANEL_WIDTH] (+)= x[rows, K] @ w[K, PANEL_WIDTH]` as a Numba intrinsic.
+EPILOGUES = ("store", "add", "swiglu")
 
-    Call: `tile(x, x_offset, x_stride, w, w_offset, w_stride, K, out, out_offset, out_stride)`; arrays are flat, offsets
-    and strides count elements; `x` and `out` are float32; `w` is float32, float16 bits (int16) or bfloat16 bits
-    (uint16), widened exactly. Every output element is one chain of fused multiply-adds in ascending k, whatever `rows`
-    is: that is why a row's result does not depend on what it is batched with. With `add` the chain is added to `out` at
-    the end.
 
-    With `panels` > 1, `w_offset` is an int64 array of so many panel offsets and the results stand side by side in
-    `out`: short tiles need several chains in flight to hide the latency of the multiply-add.
+def make_tile_product(rows: int, epilogue: str, *, panels: int = 1) -> Any:
+    """Register-tile product `x[rows, K] @ w[K, PANEL_WIDTH]` with an epilogue, as a Numba intrinsic.
+
+    Call: `tile(x, x_offset, x_stride, w, w_offset, w_stride, K, ahead, out, out_offset, out_stride)`; arrays are flat,
+    offsets and strides count elements; `x` and `out` are float32; `w` is float32, float16 bits (int16) or bfloat16
+    bits (uint16), widened exactly. What lies `ahead` elements after the weights is fetched into the cache meanwhile.
+    Every output element is one chain of fused multiply-adds in ascending k, whatever `rows` is: that is why a row's
+    result does not depend on what it is batched with.
+
+    epilogue: "store" writes the sums to `out`, "add" adds them to it, "swiglu" takes the first half of a panel's
+    columns as gate and the second as up and writes silu(gate) * up, VECTOR_WIDTH columns (Shazeer 2020).
+    panels: with more than one, `w_offset` is an int64 array of so many panel offsets and the results stand side by
+    side in `out`: short tiles need several chains in flight to hide the latency of the multiply-add.
     """
     unroll = 4
     vectors = PANEL_VECTORS * panels
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"unknown epilogue {epilogue!r}; there are {', '.join(EPILOGUES)}")
 
     @intrinsic
-    def tile(typing_context, x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride):
+    def tile(typing_context, x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, out, out_offset, out_stride):
         storage = _STORAGE_OF_DTYPE[w.dtype]
-        signature = types.void(x, x_offset, x_stride, w, w_offset, w_stride, depth, out, out_offset, out_stride)
+        signature = types.void(x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, out, out_offset, out_stride)
+        lines_per_pass = max(1, unroll * PANEL_WIDTH * _BYTES[storage] // _CACHE_LINE)
 
         def codegen(context, builder, signature, args):
-            i64, i32 = ir.IntType(64), ir.IntType(32)
+            i64 = ir.IntType(64)
             vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
-            lanes0 = ir.Constant(ir.VectorType(i32, VECTOR_WIDTH), [0] * VECTOR_WIDTH)
-            undefined = ir.Constant(vector, ir.Undefined)
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{VECTOR_WIDTH}f32"
-            )
             values = [
                 _data_pointer(context, builder, t, a)
                 if isinstance(t, types.Array)
                 else context.cast(builder, a, t, types.int64)
                 for t, a in zip(signature.args, args, strict=True)
             ]
-            x_ptr, x_off, x_ld, w_ptr, w_off, w_ld, depth, out_ptr, out_off, out_ld = values
+            x_ptr, x_off, x_ld, w_ptr, w_off, w_ld, depth, ahead, out_ptr, out_off, out_ld = values
             x_rows = [builder.gep(x_ptr, [builder.add(x_off, builder.mul(x_ld, i64(r)))]) for r in range(rows)]
             if panels == 1:
                 w_bases = [builder.gep(w_ptr, [w_off])]
@@ -135,6 +200,11 @@ def make_tile_product(rows: int, *, add: bool, panels: int = 1) -> Any:
                     phi.add_incoming(value, before)
                 builder.cbranch(builder.icmp_signed("<", k, limit), body, done)
                 builder.position_at_end(body)
+                if step == unroll:
+                    for base in w_bases:
+                        next_use = builder.gep(base, [builder.add(builder.mul(k, w_ld), ahead)])
+                        for line in range(lines_per_pass):
+                            _prefetch(builder, builder.gep(next_use, [i64(line * _CACHE_LINE // _BYTES[storage])]))
                 current = list(sums)
                 for u in range(step):
                     ku = builder.add(k, i64(u))
@@ -145,13 +215,10 @@ def make_tile_product(rows: int, *, add: bool, panels: int = 1) -> Any:
                         for j in range(PANEL_VECTORS)
                     ]
                     for r in range(rows):
-                        scalar = builder.load(builder.gep(x_rows[r], [ku]))
-                        spread = builder.shuffle_vector(
-                            builder.insert_element(undefined, scalar, i32(0)), undefined, lanes0
-                        )
+                        scalar = _spread(builder, builder.load(builder.gep(x_rows[r], [ku])))
                         for j in range(vectors):
                             index = r * vectors + j
-                            current[index] = builder.call(fma, [spread, weights[j], current[index]])
+                            current[index] = _fma(builder, scalar, weights[j], current[index])
                 k.add_incoming(builder.add(k, i64(step)), builder.basic_block)
                 for phi, value in zip(sums, current, strict=True):
                     phi.add_incoming(value, builder.basic_block)
@@ -159,16 +226,18 @@ def make_tile_product(rows: int, *, add: bool, panels: int = 1) -> Any:
                 builder.position_at_end(done)
                 return k, sums
 
-            zeros = [ir.Constant(vector, [0.0] * VECTOR_WIDTH)] * (rows * vectors)
+            zeros = [_constant(0.0)] * (rows * vectors)
             whole = builder.and_(depth, i64(-unroll))
             k, sums = loop(i64(0), unroll, whole, zeros)
             _, sums = loop(k, 1, depth, sums)
             for r in range(rows):
-                for j in range(vectors):
+                results = sums[r * vectors : (r + 1) * vectors]
+                if epilogue == "swiglu":
+                    results = [_swiglu(builder, *results[j : j + 2]) for j in range(0, vectors, PANEL_VECTORS)]
+                for j, value in enumerate(results):
                     offset = builder.add(out_off, builder.add(builder.mul(out_ld, i64(r)), i64(j * VECTOR_WIDTH)))
                     pointer = builder.bitcast(builder.gep(out_ptr, [offset]), vector.as_pointer())
-                    value = sums[r * vectors + j]
-                    if add:
+                    if epilogue == "add":
                         previous = builder.load(pointer)
                         previous.align = 4
                         value = builder.fadd(previous, value)
