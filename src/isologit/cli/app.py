@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from isologit import __version__
+from isologit.cli.bench_command import bench_app
 from isologit.cli.exits import Exit, reporting_errors
 from isologit.cli.run_command import run_command
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run_command)
+app.add_typer(bench_app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
