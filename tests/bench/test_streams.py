@@ -49,7 +49,7 @@ def _cut(data: bytes, places: list[int]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=6),
     places=st.lists(st.integers(0, 10_000), max_size=12),
@@ -70,7 +70,7 @@ def test_an_answer_survives_any_cutting(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.binary(max_size=200), places=st.lists(st.integers(0, 300), max_size=8))
 def test_any_bytes_give_the_same_messages_and_no_exception(backend: str, data: bytes, places: list[int]) -> None:
     assert _read(backend, _cut(data, places)) == _read(backend, [data])
@@ -90,7 +90,7 @@ _JSON = st.recursive(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(value=_JSON)
 def test_any_json_is_a_message(backend: str, value: object) -> None:
     line = json.dumps(value).encode()

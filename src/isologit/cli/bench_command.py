@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from isologit.bench.options import DEFAULT_PORT, METRICS, Backend, DatasetName, Metric, ServingOptions
 from isologit.cli.exits import Exit, interrupt_on_sigterm, reporting_errors
-from isologit.errors import ConfigError
+from isologit.errors import ConfigError, DatasetError
+from isologit.job.options import DEFAULT_SPECULATIVE_TOKENS, RunOptions
 
 if TYPE_CHECKING:
     from isologit.bench.serving import Measurement
@@ -24,6 +25,9 @@ _PROMPTS = "What is sent"
 _LOAD = "When it is sent"
 _OUTPUT = "What comes out"
 _ENGINE = "How it runs"
+
+_ALL_METRICS = ",".join(METRICS)
+_PERCENTILES = "50,90,95,99"
 
 
 def _option(panel: str, *names: str, **more: Any) -> Any:
@@ -82,6 +86,26 @@ Goodput = Annotated[
     list[str] | None,
     _option(_OUTPUT, metavar="NAME:MS", help="Also count requests within this; ttft, tpot or e2el. Repeat for more."),
 ]
+EngineModel = Annotated[
+    str | None,
+    _option(
+        _ENGINE,
+        "--model",
+        metavar="DIR|FILE|PRESET",
+        help="As for `isologit run`. Default: the built-in demo model.",
+    ),
+]
+LoadFormat = Annotated[
+    Literal["auto", "dummy"], _option(_ENGINE, help="dummy: seeded random weights of the model's shape.")
+]
+EngineTokenizer = Annotated[
+    Path | None, _option(_ENGINE, metavar="DIR|FILE", help="Tokenizer, when the model's folder has none.")
+]
+MaxNumSeqs = Annotated[int | None, _option(_ENGINE, metavar="N", help="Requests running at once. Default: planned.")]
+MaxNumBatchedTokens = Annotated[int | None, _option(_ENGINE, metavar="N", help="Tokens of one step. Default: planned.")]
+SpeculativeTokens = Annotated[int, _option(_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition.")]
+Threads = Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")]
+OutputJson = Annotated[Path | None, _option(_OUTPUT, metavar="FILE", help="Save the figures here.")]
 
 
 @bench_app.command("serve")
@@ -126,8 +150,8 @@ def serve(
             _OUTPUT, "--out-dir", "--out_dir", "-O", metavar="DIR", help="Also write the contest's result file here."
         ),
     ] = None,
-    percentile_metrics: PercentileMetrics = "ttft,tpot,itl,e2el",
-    metric_percentiles: MetricPercentiles = "50,90,95,99",
+    percentile_metrics: PercentileMetrics = _ALL_METRICS,
+    metric_percentiles: MetricPercentiles = _PERCENTILES,
     goodput: Goodput = None,
 ) -> None:
     """Put load on a server and measure it. Exit code 0: VALID, 1: not, with the reasons, 2: nothing was measured.
@@ -219,3 +243,209 @@ def _goodput(given: list[str]) -> dict[str, float]:
         except ValueError:
             raise ConfigError(f'--goodput takes a metric and milliseconds such as ttft:200, not "{part}"') from None
     return limits
+
+
+@bench_app.command("sweep")
+def sweep(
+    request_rates: Annotated[
+        str, _option(_LOAD, "--request-rates", metavar="LIST", help="Requests a second, in this order; 5,10,inf.")
+    ],
+    backend: BackendOption = "llm-serving",
+    base_url: BaseUrl = None,
+    host: Host = "127.0.0.1",
+    port: Port = DEFAULT_PORT,
+    model: Model = None,
+    served_model_name: ServedModelName = None,
+    tokenizer: TokenizerOption = None,
+    api_key: ApiKey = None,
+    server_command: Annotated[
+        str | None,
+        _option(_SERVER, metavar="COMMAND", help="Start the server with this for every rate, and stop it after."),
+    ] = None,
+    dataset_name: DatasetNameOption = None,
+    dataset_path: DatasetPath = None,
+    num_prompts: NumPrompts = None,
+    test_time: TestTime = None,
+    max_new_tokens: MaxNewTokens = 128,
+    ignore_eos: IgnoreEos = False,
+    num_warmups: NumWarmups = 1,
+    burstiness: Burstiness = 1.0,
+    contest_arrivals: ContestArrivals = False,
+    max_concurrency: MaxConcurrency = None,
+    seed: Seed = 0,
+    result_dir: ResultDir = Path("sweep"),
+    percentile_metrics: PercentileMetrics = _ALL_METRICS,
+    metric_percentiles: MetricPercentiles = _PERCENTILES,
+    goodput: Goodput = None,
+) -> None:
+    """Put several rates of load on a server, one after the other; `isologit report DIR` draws what is saved.
+
+    Exit code 0: all rates are VALID, 1: one is not, 2: nothing more could be measured.
+    """
+    with reporting_errors():
+        options = ServingOptions(
+            backend=backend,
+            base_url=base_url,
+            host=host,
+            port=port,
+            model=model,
+            served_model_name=served_model_name,
+            tokenizer=tokenizer,
+            api_key=api_key,
+            dataset_name=dataset_name,
+            dataset_path=dataset_path,
+            num_prompts=num_prompts,
+            test_time=test_time,
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            num_warmups=num_warmups,
+            burstiness=burstiness,
+            contest_arrivals=contest_arrivals,
+            max_concurrency=max_concurrency,
+            seed=seed,
+            percentile_metrics=_metrics(percentile_metrics),
+            metric_percentiles=_numbers(metric_percentiles, "--metric-percentiles"),
+            goodput=_goodput(goodput or []),
+        )
+        from isologit.bench.sweep import run_sweep
+        from isologit.cli.bench_summary import print_measurement
+        from isologit.cli.display import display
+
+        interrupt_on_sigterm()
+        valid = True
+        with display(quiet=False) as observer:
+            for measurement in run_sweep(
+                options,
+                _numbers(request_rates, "--request-rates"),
+                server_command=server_command,
+                log_folder=result_dir,
+                observer=observer,
+            ):
+                print_measurement(measurement)
+                _save(measurement, result_dir, None)
+                valid &= measurement.verdict.word == "VALID"
+    raise typer.Exit(Exit.OK if valid else Exit.INVALID)
+
+
+@bench_app.command("throughput")
+def throughput(
+    model: EngineModel = None,
+    load_format: LoadFormat = "auto",
+    tokenizer: EngineTokenizer = None,
+    dataset_path: DatasetPath = None,
+    num_prompts: NumPrompts = None,
+    max_new_tokens: MaxNewTokens = 128,
+    ignore_eos: IgnoreEos = False,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    speculative_tokens: SpeculativeTokens = DEFAULT_SPECULATIVE_TOKENS,
+    threads: Threads = None,
+    seed: Annotated[int, _option(_ENGINE, metavar="N", help="Of dummy weights.")] = 0,
+    output_json: OutputJson = None,
+) -> None:
+    """Run all prompts at once in this process, without HTTP and without proof: requests and tokens a second."""
+    with reporting_errors():
+        from isologit.bench.offline import measure_throughput
+        from isologit.cli.display import display
+        from isologit.job.engine import load_engine
+        from isologit.job.preprocess import preprocess
+        from isologit.job.progress import InferenceMeter
+
+        options = RunOptions(
+            model=model,
+            dataset=dataset_path,
+            limit=num_prompts,
+            load_format=load_format,
+            tokenizer=tokenizer,
+            ignore_eos=ignore_eos,
+            max_new_tokens=max_new_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_speculative_tokens=speculative_tokens,
+            num_threads=threads,
+            seed=seed,
+        )
+        interrupt_on_sigterm()
+        with display(quiet=False) as observer:
+            observer.stage("load the model")
+            engine = load_engine(options)
+            prepared = preprocess(options, engine)
+            if prepared.refused:
+                first = prepared.refused[0]
+                raise DatasetError(f"{first.where}: {first.error}; every record of a measurement must run")
+            observer.stage("run")
+            limits = prepared.max_tokens
+            meter = InferenceMeter(engine, observer, list(limits.values()))
+            with meter.running():
+                found = measure_throughput(
+                    engine,
+                    prepared.requests,
+                    lambda output: meter.finished(len(output.token_ids), limits[output.request_id]),
+                )
+            engine.close()
+        print(
+            f"Throughput: {found['requests_per_second']:.2f} requests/s, {found['tokens_per_second']:.2f} total "
+            f"tokens/s, {found['output_tokens_per_second']:.2f} output tokens/s"
+        )
+        _write_output(output_json, found)
+
+
+@bench_app.command("latency")
+def latency(
+    model: EngineModel = None,
+    load_format: LoadFormat = "auto",
+    batch_size: Annotated[int, _option(_PROMPTS, metavar="N", min=1, help="Requests run together.")] = 8,
+    input_len: Annotated[int, _option(_PROMPTS, metavar="N", min=1, help="Tokens of each prompt, random.")] = 32,
+    output_len: Annotated[int, _option(_PROMPTS, metavar="N", min=1, help="Tokens of each answer, exactly.")] = 128,
+    num_iters: Annotated[int, _option(_PROMPTS, metavar="N", min=1, help="Times that are measured.")] = 30,
+    num_iters_warmup: Annotated[int, _option(_PROMPTS, metavar="N", min=0, help="Times before.")] = 10,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    speculative_tokens: SpeculativeTokens = 0,
+    threads: Threads = None,
+    seed: Annotated[int, _option(_ENGINE, metavar="N", help="Of the prompts and of dummy weights.")] = 0,
+    output_json: OutputJson = None,
+) -> None:
+    """Run one batch of random prompts again and again in this process: seconds and their percentiles."""
+    with reporting_errors():
+        from isologit.bench.offline import measure_latency, random_batch
+        from isologit.cli.display import display
+        from isologit.job.engine import load_engine
+        from isologit.job.progress import Progress
+
+        options = RunOptions(
+            model=model,
+            load_format=load_format,
+            max_num_seqs=batch_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=False,
+            num_speculative_tokens=speculative_tokens,
+            num_threads=threads,
+            seed=seed,
+        )
+        interrupt_on_sigterm()
+        total = num_iters_warmup + num_iters
+        with display(quiet=False) as observer:
+            observer.stage("load the model")
+            engine = load_engine(options)
+            observer.stage("run")
+            found = measure_latency(
+                engine,
+                random_batch(batch_size, input_len, output_len, vocab_size=engine.config.vocab_size, seed=seed),
+                num_iters=num_iters,
+                num_iters_warmup=num_iters_warmup,
+                on_iteration=lambda done: observer.progress(Progress(done, total, done / total)),
+            )
+            engine.close()
+        print(f"Avg latency: {found['avg_latency']} seconds")
+        print(f"Std latency: {found['std_latency']} seconds")
+        for percentage, seconds in found["percentiles"].items():
+            print(f"{percentage}% percentile latency: {seconds} seconds")
+        _write_output(output_json, found)
+
+
+def _write_output(path: Path | None, found: dict[str, Any]) -> None:
+    if path is not None:
+        from isologit.bench.files import write_json
+
+        write_json(path, found)
+        print(path)

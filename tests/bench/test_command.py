@@ -1,0 +1,186 @@
+"""`isologit bench` as it is typed: files, exit codes and words."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.bench.fake_server import FakeServer, fake_server
+from typer.testing import CliRunner, Result
+
+from isologit.cli.app import app
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def _serve(server: FakeServer, *arguments: str) -> Result:
+    return _run("serve", "-P", str(server.port), *arguments)
+
+
+def _only_json(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_the_contests_flags_give_the_contests_file_and_line(tmp_path: Path) -> None:
+    with fake_server() as server:
+        done = _serve(server, "-X", "50", "-T", "0.4", "-O", str(tmp_path), "--contest-arrivals")
+    assert "INVALID" not in done.output
+    records = json.loads((tmp_path / "result_50.0_x.json").read_text())
+    assert len(records) == 20
+    assert all(set(one) == {"input", "resp_text", "res_time", "first_token_time"} for one in records)
+    assert all(0 < one["first_token_time"] <= one["res_time"] for one in records)
+    assert "All Tasks Done; Exec Time is " in done.output
+    assert len(server.bodies) == 21  # one to warm up
+    assert server.bodies[0]["inputs"] not in [one["input"] for one in records]
+
+
+def test_all_answered_on_time_is_exit_code_0(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("one\ntwo\n")
+    with fake_server(token_s=0.2) as server:
+        done = _serve(server, "--dataset-path", str(prompts), "--max-new-tokens", "10", "--num-warmups", "0")
+    assert done.exit_code == 0, done.output
+    assert "VALID" in done.output.splitlines()
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat", "tgi"])
+def test_result_has_vllms_keys_and_what_they_lack(tmp_path: Path, backend: str) -> None:
+    with fake_server(token_s=0.001) as server:
+        done = _serve(
+            server, "--backend", backend, "--num-prompts", "5", "--request-rate", "100", "--ignore-eos",
+            "--save-detailed", "--result-dir", str(tmp_path), "--goodput", "ttft:5000", "--api-key", "hidden",
+        )  # fmt: skip
+    assert done.exit_code in (0, 1), done.output
+    found = _only_json(tmp_path)
+    assert "hidden" not in json.dumps(found)
+    assert server.headers[-1]["Authorization"] == "Bearer hidden"
+    assert found["completed"] == found["issued"] == found["num_prompts"] == 5
+    assert found["request_goodput"] == pytest.approx(found["request_throughput"])
+    vllm = (
+        "duration failed total_input_tokens total_output_tokens output_throughput total_token_throughput mean_ttft_ms "
+        "median_tpot_ms std_itl_ms p99_e2el_ms"
+    )
+    assert all(found[key] is not None for key in vllm.split())
+    lists = "input_lens output_lens ttfts itls latencies start_times generated_texts errors request_ids statuses"
+    assert {len(found[key]) for key in lists.split()} == {5}
+    assert found["statuses"] == ["completed"] * 5
+    assert found["output_lens"] != [len(gaps) + 1 for gaps in found["itls"]]  # not counted by chunks
+    assert found["reported_output_tokens"] == sum(body_limit(body) for body in server.bodies[1:])
+    assert set(found["hashes"]) == {"requests", "options", "arrivals", "texts"}
+    assert found["environment"]["versions"]["aiohttp"]
+    assert found["model_id"] == ("llama2" if backend == "tgi" else "fake")
+
+
+def body_limit(body: dict[str, Any]) -> int:
+    limit = body.get("max_tokens") or body.get("max_completion_tokens") or body["parameters"]["max_new_tokens"]
+    return int(limit)
+
+
+def test_a_failed_request_is_invalid_and_exit_code_1(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("fine\nfail:cut\n")
+    with fake_server() as server:
+        done = _serve(
+            server, "--dataset-path", str(prompts), "--save-result", "--result-dir", str(tmp_path),
+            "-O", str(tmp_path / "c"),
+        )  # fmt: skip
+    assert done.exit_code == 1
+    assert "INVALID" in done.output
+    assert "All Tasks Done" not in done.output
+    found = _only_json(tmp_path)
+    assert found["verdict"] == "INVALID"
+    assert [reason["code"] for reason in found["reasons"]] == ["failed_requests"]
+    assert [failure["id"] for failure in found["failures"]] == ["1"]
+    assert "request_ids" not in found  # without --save-detailed
+    assert len(json.loads((tmp_path / "c" / "result_inf_x.json").read_text())) == 1
+
+
+def test_killing_the_server_ends_in_invalid(tmp_path: Path) -> None:
+    with fake_server(token_s=0.05) as server:
+
+        def kill() -> None:
+            while len(server.bodies) < 10:
+                time.sleep(0.02)
+            server.stop()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        done = _serve(
+            server, "-X", "20", "-T", "60", "--num-warmups", "0", "--save-result", "--result-dir", str(tmp_path)
+        )
+        killer.join()
+    assert done.exit_code == 1
+    found = _only_json(tmp_path)
+    assert found["verdict"] == "INVALID"
+    assert [reason["code"] for reason in found["reasons"]] == ["server_gone", "failed_requests", "unsent_requests"]
+    assert found["issued"] == 1200 == found["completed"] + found["failed"]
+
+
+def test_what_the_user_must_change_is_exit_code_2() -> None:
+    with fake_server() as server:
+        assert _serve(server, "--metric-percentiles", "most").exit_code == 2
+        assert _serve(server, "--percentile-metrics", "ttft,speed").exit_code == 2
+        assert _serve(server, "--goodput", "ttft").exit_code == 2
+        assert _serve(server, "--dataset-path", "missing").exit_code == 2
+        wrong_path = _serve(server, "--endpoint", "/nowhere", "--num-prompts", "1")
+    assert wrong_path.exit_code == 2
+    assert "warm-up request failed: HTTP 404" in wrong_path.output
+    assert _serve(server, "--num-prompts", "1").exit_code == 2  # nobody listens any more
+
+
+def test_sweep_saves_every_rate(tmp_path: Path) -> None:
+    with fake_server() as server:
+        done = _run(
+            "sweep", "--port", str(server.port), "--request-rates", "40,80", "--num-prompts", "6",
+            "--result-dir", str(tmp_path),
+        )  # fmt: skip
+    assert done.exit_code in (0, 1), done.output
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert sorted(one["request_rate"] for one in found) == [40.0, 80.0]
+    assert all(one["completed"] == 6 for one in found)
+    assert all(len(one["ttfts"]) == 6 for one in found)
+
+
+def test_sweep_starts_the_server_anew_for_every_rate(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import asyncio, os, sys\n"
+        "print('pid', os.getpid(), flush=True)\n"
+        "async def answer(reader, writer):\n"
+        "    await reader.read(65536)\n"
+        '    body = b\'{"generated_text": "x", "finish_reason": "eos", "generated_tokens": 1}\\n\'\n'
+        "    writer.write(b'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n' + body)\n"
+        "    await writer.drain()\n"
+        "    writer.close()\n"
+        "async def main():\n"
+        "    server = await asyncio.start_server(answer, '127.0.0.1', int(sys.argv[1]))\n"
+        "    await server.serve_forever()\n"
+        "asyncio.run(main())\n"
+    )
+    arguments = ("sweep", "--port", str(port), "--request-rates", "50,inf", "--num-prompts", "3")
+    command = f"{sys.executable} {script} {port}"
+    done = _run(*arguments, "--server-command", command, "--result-dir", str(tmp_path / "out"))
+    assert done.exit_code in (0, 1), done.output
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+    log = (tmp_path / "out" / "server.log").read_text().splitlines()
+    assert len({line for line in log if line.startswith("pid")}) == 2
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    broken = _run(
+        *arguments, "--server-command", f"{sys.executable} -c raise(SystemExit(7))", "--result-dir", str(tmp_path)
+    )
+    assert broken.exit_code == 2
+    assert "ended with exit code 7" in broken.output
