@@ -52,8 +52,9 @@ def test_a_generator_late_by_more_than_one_percent_of_the_latency_does_not_certi
 
 
 @pytest.mark.parametrize(("lag_s", "word"), [(0.02, "VALID"), (0.04, "NOT CERTIFIED")])
-def test_one_late_request_counts_against_the_duration(lag_s: float, word: str) -> None:
-    records = [record(str(i)) for i in range(9)] + [record("late", dispatched_s=1.0 + lag_s)]  # duration is 3 s
+def test_a_few_late_requests_count_against_the_duration(lag_s: float, word: str) -> None:
+    late = [record(f"late{i}", dispatched_s=1.0 + lag_s) for i in range(2)]  # duration is 3 s
+    records = [record(str(i)) for i in range(48)] + late
     verdict = judge(load_run(records))
     assert verdict.word == word
     assert verdict.lag is not None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from isologit.errors import OutputFolderError
@@ -67,14 +67,7 @@ def render_report(folder: Path) -> Path:
     certificate = read_json(folder / "certificate.json")
     outputs = read_outputs(folder / "outputs.jsonl")
     steps = read_steps(folder / "steps.jsonl")
-    environment = Environment(
-        loader=PackageLoader("isologit.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = template("report.html.j2").render(
         verdict=str(certificate.get("verdict") or "NOT CHECKED"),
         reasons=[str(reason) for reason in certificate.get("reasons") or ()],
         mode=_mode(result),
@@ -89,7 +82,7 @@ def render_report(folder: Path) -> Path:
         samples=outputs.samples,
         facts=_fact_tables(result),
     )
-    return _write_whole(folder / "report.html", page)
+    return write_whole(folder / "report.html", page)
 
 
 def _mode(result: Mapping[str, Any]) -> str:
@@ -199,7 +192,19 @@ def _fact_tables(result: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _write_whole(path: Path, page: str) -> Path:
+def template(name: str) -> Template:
+    """A page's template; whatever is put into it is escaped."""
+    environment = Environment(
+        loader=PackageLoader("isologit.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def write_whole(path: Path, page: str) -> Path:
     """Replace `path` in one move, so that a reader never sees half a page."""
     handle, name = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=path.parent)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from isologit.errors import OutputFolderError
-from isologit.report.figures import Floats
+from isologit.report.svg import Floats
 
 _TIMES = ("arrival_s", "scheduled_s", "first_token_s", "finished_s")
 _NUM_SAMPLES = 8
