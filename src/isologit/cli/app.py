@@ -71,9 +71,9 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The output folder of a finished run.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The output folder of a run, or of load results.")],
 ) -> None:
-    """Write report.html again from the files in a run's folder."""
+    """Write report.html from the files of a run or of load measurements."""
     with reporting_errors():
         from isologit.report import render_report
 
