@@ -1,0 +1,77 @@
+"""The least time a workload can take on this machine, from what the machine was measured to do.
+
+A step takes at least as long as its matrix products at the measured product rate, and at least as long as one pass over
+the weights at the measured streaming rate. Attention, norms and everything else are left out, so the limit is below
+what any engine can reach without speculation. Requests start longest first (Graham 1969).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from isologit.config import ModelConfig
+
+_SLOTS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+_MEASURE = """
+import json
+from benchmarks.trace import product_rate, streaming_rate
+print(json.dumps({"flops": product_rate(), "bytes_per_s": streaming_rate()}))
+"""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """float32 matrix products in FLOP/s, and a matrix-vector product's pass over memory in bytes/s."""
+
+    flops: float
+    bytes_per_s: float
+
+
+def measure_rates() -> Rates:
+    """Measure in a process of its own, so that no thread pool stays behind."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", _MEASURE], cwd=root, capture_output=True, text=True, check=True)
+    return Rates(**json.loads(done.stdout))
+
+
+def step_rows(lengths: Sequence[tuple[int, int]], slots: int) -> list[tuple[int, int]]:
+    """(tokens computed, logits computed) of each step, requests started longest first in `slots` slots.
+
+    A prompt is computed in the step it starts in and gives its first output token there.
+    """
+    queue = deque(sorted(lengths, key=lambda item: (-item[1], -item[0])))
+    running: list[int] = []  # output tokens still to come
+    steps = []
+    while queue or running:
+        tokens = len(running)
+        while queue and len(running) < slots:
+            prompt, output = queue.popleft()
+            tokens += prompt
+            running.append(output)
+        steps.append((tokens, len(running)))
+        running = [left - 1 for left in running if left > 1]
+    return steps
+
+
+def least_seconds(
+    config: ModelConfig, lengths: Sequence[tuple[int, int]], rates: Rates, bytes_per_weight: int
+) -> dict[str, Any]:
+    """`limit_s` at the number of slots where it is least, with that number, the steps and the operations."""
+    head = 2 * config.hidden_size * config.vocab_size
+    body = 2 * config.num_matmul_parameters - head
+    stream_s = config.num_matmul_parameters * bytes_per_weight / rates.bytes_per_s
+
+    def limit(slots: int) -> dict[str, Any]:
+        steps = step_rows(lengths, slots)
+        work = [body * tokens + head * logits for tokens, logits in steps]
+        seconds = sum(max(flops / rates.flops, stream_s) for flops in work)
+        return {"limit_s": seconds, "slots": slots, "steps": len(steps), "flop": sum(work)}
+
+    return {**min((limit(slots) for slots in _SLOTS), key=lambda found: found["limit_s"]), **asdict(rates)}

@@ -1,0 +1,124 @@
+"""The systems that are compared: how each is started, and the settings it may be tuned over."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+TUNED = _HERE / "tuned.json"
+
+Settings = dict[str, Any]
+Grid = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class System:
+    """One competitor. `environment` is its folder under `.venvs`, or None for the running interpreter.
+
+    `grids` holds the values worth trying for requests "many" or "alone"; the first of each is the default.
+    `sequential` systems have no batch, so their time on a part of the requests scales to the whole.
+    """
+
+    name: str
+    label: str
+    environment: str | None
+    many: Grid
+    alone: Grid
+    sequential: bool = False
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that has the system."""
+        if self.environment is None:
+            return Path(sys.executable)
+        return _HERE / ".venvs" / self.environment / "bin" / "python"
+
+    @property
+    def adapter(self) -> Path:
+        """The script that runs the system."""
+        return _HERE / "adapters" / f"run_{self.name}.py"
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether `setup.sh` finished this system's environment."""
+        return self.environment is None or (_HERE / ".venvs" / self.environment / ".installed").exists()
+
+    def grid(self, num_requests: int) -> list[Settings]:
+        """All settings worth trying, the default first."""
+        choices = self.alone if num_requests == 1 else self.many
+        return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+_ORDER = ["longest-first"]
+_ATTENTION = {"attn_implementation": ["sdpa"]}
+
+SYSTEMS = {
+    system.name: system
+    for system in (
+        System(
+            "isologit",
+            "isologit",
+            None,
+            many={"max_num_seqs": [None], "max_num_batched_tokens": [None]},
+            alone={"max_num_seqs": [None], "max_num_batched_tokens": [None]},
+        ),
+        System(
+            "openvino",
+            "OpenVINO GenAI",
+            "openvino",
+            many={"max_num_seqs": [128, 64, 200], "max_num_batched_tokens": [512, 256], "order": _ORDER},
+            alone={"max_num_seqs": [1], "max_num_batched_tokens": [512], "order": _ORDER},
+        ),
+        System(
+            "vllm",
+            "vLLM",
+            "vllm",
+            many={
+                "max_num_seqs": [128, 64, 256],
+                "max_num_batched_tokens": [2048, 512],
+                "enforce_eager": [False],
+                "order": _ORDER,
+            },
+            alone={
+                "max_num_seqs": [1],
+                "max_num_batched_tokens": [2048],
+                "enforce_eager": [False, True],
+                "order": _ORDER,
+            },
+        ),
+        System(
+            "transformers_cb",
+            "transformers, continuous batching",
+            "transformers",
+            many={"slots": [128, 64], "max_batch_tokens": [512], **_ATTENTION, "order": _ORDER},
+            alone={"slots": [1], "max_batch_tokens": [512], **_ATTENTION, "order": _ORDER},
+        ),
+        System("transformers", "transformers, one by one", "transformers", _ATTENTION, _ATTENTION, sequential=True),
+        System(
+            "ctranslate2",
+            "CTranslate2",
+            "ctranslate2",
+            many={"batch_size": [64, 32, 16], "order": _ORDER},
+            alone={"batch_size": [1], "order": _ORDER},
+        ),
+        System(
+            "llamacpp",
+            "llama.cpp",
+            "llamacpp",
+            many={"slots": [8, 32, 64], "batch_tokens": [512], "flash_attention": [True, False], "order": _ORDER},
+            alone={"slots": [1], "batch_tokens": [512], "flash_attention": [True, False], "order": _ORDER},
+        ),
+    )
+}
+
+
+def settings_for(system: System, workload: str, num_requests: int) -> tuple[Settings, str]:
+    """The settings to run with, and whether they were "tuned" for this workload or are the "default"."""
+    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    found = tuned.get(workload, {}).get(system.name)
+    return (found["settings"], "tuned") if found else (system.grid(num_requests)[0], "default")

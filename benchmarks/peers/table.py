@@ -1,0 +1,83 @@
+"""Medians, ratios and the Markdown table of a comparison. Pure functions of its result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+OURS = "isologit"
+AGREEMENT_TOKENS = 8
+
+
+def agreement(outputs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> float:
+    """Share of the requests whose first `AGREEMENT_TOKENS` output tokens are the same."""
+    same = [a[:AGREEMENT_TOKENS] == b[:AGREEMENT_TOKENS] for a, b in zip(outputs, ours, strict=True)]
+    return sum(same) / len(same)
+
+
+def summarise(runs: Sequence[dict[str, Any]], limits_s: Sequence[float]) -> dict[str, dict[str, float]]:
+    """By system: median, least and most seconds, the ratio to this engine's median, and limit over time.
+
+    `runs` hold `system` and `seconds`; a ratio is left out when this engine did not run.
+    """
+    seconds: dict[str, list[float]] = {}
+    for run in runs:
+        seconds.setdefault(run["system"], []).append(run["seconds"])
+    limit = median(limits_s)
+    summary = {}
+    for name, values in seconds.items():
+        summary[name] = {
+            "median_s": median(values),
+            "least_s": min(values),
+            "most_s": max(values),
+            "limit_over_time": limit / median(values),
+        }
+        if OURS in seconds:
+            summary[name]["times_isologit"] = median(values) / median(seconds[OURS])
+    return summary
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result, fastest first, with the machine's limit above and what could not run below."""
+    workload, environment, summary = result["workload"], result["environment"], result["summary"]
+    limits = result["limits"]
+    lines = [
+        f"## {workload['name']}: {workload['what']}",
+        "",
+        f"{workload['requests']} requests, {workload['prompt_tokens']} prompt and {workload['output_tokens']} output "
+        f"tokens, `{workload['preset']}` with random {workload['dtype']} weights (seed {result['seed']}), float32 "
+        f"arithmetic, lengths forced, greedy. {environment['cpu']}, {environment['cores']} cores; "
+        f"{result['repeats']} interleaved repeats, each system in its own process, loading and warm-up not counted.",
+        "",
+        "| system | median s | range | × isologit | limit / time | same tokens | peak GiB | settings |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| limit of the machine: {median(x['flops'] for x in limits) / 1e9:.0f} GFLOP/s, "
+        f"{median(x['bytes_per_s'] for x in limits) / 1e9:.1f} GB/s | {median(x['limit_s'] for x in limits):.2f} | "
+        f"{min(x['limit_s'] for x in limits):.2f} to {max(x['limit_s'] for x in limits):.2f} | | 1.00 | | | "
+        f"{limits[0]['slots']} slots |",
+    ]
+    for name in sorted(summary, key=lambda system: summary[system]["median_s"]):
+        lines.append(_row(result["systems"][name], summary[name], [r for r in result["runs"] if r["system"] == name]))
+    for failure in result["failures"]:
+        lines += ["", f"{result['systems'][failure['system']]['label']} did not run: {failure['reason']}"]
+    return "\n".join(lines) + "\n"
+
+
+def _row(system: dict[str, Any], figures: dict[str, float], runs: list[dict[str, Any]]) -> str:
+    label = system["label"] + (f" {system['version']}" if system["version"] else "")
+    if system["measured_requests"] is not None:
+        label += f" ({system['measured_requests']} requests, scaled)"
+    ratio = f"{figures['times_isologit']:.2f}" if "times_isologit" in figures else ""
+    same = [run["agreement"] for run in runs if run["agreement"] is not None]
+    settings = ", ".join(f"{key} {_plain(value)}" for key, value in system["settings"].items())
+    return (
+        f"| {label} | {figures['median_s']:.2f} | {figures['least_s']:.2f} to {figures['most_s']:.2f} | {ratio} | "
+        f"{figures['limit_over_time']:.2f} | {f'{min(same):.0%}' if same else ''} | "
+        f"{max(run['peak_memory_bytes'] for run in runs) / 2**30:.1f} | {settings} ({system['settings_from']}) |"
+    )
+
+
+def _plain(value: object) -> str:
+    return "chosen by the planner" if value is None else value if isinstance(value, str) else json.dumps(value)
