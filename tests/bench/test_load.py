@@ -97,13 +97,15 @@ def test_a_late_answer_delays_no_other_request() -> None:
     assert last.dispatched_s == pytest.approx(last.scheduled_s, abs=0.05)
 
 
-def test_a_server_that_dies_ends_the_run_within_seconds() -> None:
+@pytest.mark.parametrize("max_concurrency", [None, 1])
+def test_a_server_that_dies_ends_the_run_within_seconds(max_concurrency: int | None) -> None:
     with fake_server(token_s=0.05) as server:
-        requests = _requests(["x"] * 40, 40)
-        killer = threading.Timer(0.6, server.stop)
+        requests = _requests(["x"] * 40, 60)
+        killer = threading.Timer(1.8, server.stop)
         killer.start()
         start = time.monotonic()
-        run = run_load(_plan(server, requests, np.linspace(0, 60, 40).tolist()))
+        arrivals = np.linspace(0, 60, 40).tolist()
+        run = run_load(_plan(server, requests, arrivals, max_concurrency=max_concurrency))
         seconds = time.monotonic() - start
         killer.join()
     assert seconds < 5

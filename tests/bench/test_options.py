@@ -33,6 +33,12 @@ from isologit.errors import ConfigError
         ({"metric_percentiles": (101.0,)}, "between 0 and 100"),
         ({"goodput": {"itl": 5.0}}, "--goodput takes"),
         ({"goodput": {"ttft": 0.0}}, "--goodput takes"),
+        ({"goodput": {"ttft": math.inf}}, "--goodput takes"),
+        ({"test_time": math.nan, "request_rate": 1.0}, "--test-time must be"),
+        ({"port": 99999}, "--port must lie"),
+        ({"base_url": "http://here:port"}, "is not one"),
+        ({"base_url": "ftp://here"}, "is not one"),
+        ({"base_url": ":80"}, "is not one"),
     ],
 )
 def test_meaningless_options_are_refused(given: dict[str, Any], message: str) -> None:

@@ -25,7 +25,7 @@ from isologit.errors import UserError
 
 _CONNECT_S = 30.0
 _LONGEST_ANSWER_S = 6 * 3600.0
-_PROBE_S = 3.0
+_PROBE_S = 5.0
 _SPARE_FILES = 128  # descriptors for everything that is not a connection
 _SHOWN = 300
 
@@ -154,7 +154,7 @@ class _Generator:
             except* _ServerGone:
                 gone = True
         for record in self._records:
-            if record.status == "pending":
+            if gone and record.status == "pending":
                 record.status, record.error = "unsent", _UNSENT
         ends = [record.finished_s for record in self._records if record.finished_s is not None]
         return LoadRun(self._plan, self._records, started_at, max(ends, default=0.0), gone)
@@ -167,7 +167,8 @@ class _Generator:
                 await self._exchange(session, record, body)
             record.status = "completed"
         except asyncio.CancelledError:
-            self._fail(record, _CUT_OFF)
+            if record.sent_s is not None:
+                self._fail(record, _CUT_OFF)
             raise
         except _RequestFailed as error:
             self._fail(record, str(error))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from isologit.bench.dialects import DIALECTS, Dialect
 from isologit.errors import ConfigError
@@ -64,6 +65,7 @@ class ServingOptions:
             raise ConfigError(f"--seed must not be negative, not {self.seed}")
         if not self.request_rate > 0 or not self.burstiness > 0:
             raise ConfigError("--request-rate and --burstiness must be above 0")
+        self._check_address()
         if self.dataset_name in ("alpaca", "custom") and self.dataset_path is None:
             raise ConfigError(f"--dataset-name {self.dataset_name} needs a file; name it with --dataset-path")
         if self.dataset_name == "builtin" and self.dataset_path is not None:
@@ -78,14 +80,29 @@ class ServingOptions:
             if not 0 <= percentile <= 100:
                 raise ConfigError(f"--metric-percentiles must lie between 0 and 100, not {percentile:g}")
         for name, limit in self.goodput.items():
-            if name not in _GOODPUT_METRICS or not limit > 0:
+            if name not in _GOODPUT_METRICS or not 0 < limit < math.inf:
                 raise ConfigError(
                     f'--goodput takes {", ".join(_GOODPUT_METRICS)} with milliseconds above 0, not "{name}:{limit:g}"'
                 )
 
+    def _check_address(self) -> None:
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"--port must lie between 1 and 65535, not {self.port}")
+        try:
+            parts = urlsplit(self.server_url)
+            complete = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            complete = False
+        if not complete:
+            raise ConfigError(
+                f'the server\'s address "{self.server_url}" is not one; write it like http://127.0.0.1:8835'
+            )
+
     def _check_test_time(self, seconds: float) -> None:
         if self.num_prompts is not None:
             raise ConfigError("--test-time and --num-prompts both say how many requests; give one")
+        if not 0 < seconds < math.inf:
+            raise ConfigError(f"--test-time must be a number of seconds above 0, not {seconds:g}")
         if math.isinf(self.request_rate):
             raise ConfigError("--test-time needs a finite --request-rate: together they say how many requests")
         if seconds * self.request_rate < 1:
