@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and prompts")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds one run may take with its loading")
     parser.add_argument("--tune", action="store_true", help="find settings and keep them in tuned.json")
-    parser.add_argument("--output", type=Path, help="result file; benchmarks/results/peers-WORKLOAD.json unless given")
+    parser.add_argument("--output", type=Path, help="result file; benchmarks/results/peers-WORKLOAD... unless given")
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     count = args.requests or (_TUNING_REQUESTS if args.tune else None)
@@ -49,7 +49,13 @@ def main() -> None:
     if args.tune:
         comparison.tune()
         return
-    output = args.output or _RESULTS / f"peers-{workload.name}.json"
+    parts = [
+        "peers",
+        workload.name,
+        *([str(count)] if count else []),
+        *([args.dtype] if args.dtype != "float32" else []),
+    ]
+    output = args.output or _RESULTS / f"{'-'.join(parts)}.json"
     comparison.run(output)
     print(output.with_suffix(".md").read_text())
 

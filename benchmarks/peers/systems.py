@@ -71,7 +71,7 @@ SYSTEMS = {
             "openvino",
             "OpenVINO GenAI",
             "openvino",
-            many={"max_num_seqs": [128, 64, 200], "max_num_batched_tokens": [512, 256], "order": _ORDER},
+            many={"max_num_seqs": [128, 64, 200], "max_num_batched_tokens": [512, 256, 2048], "order": _ORDER},
             alone={"max_num_seqs": [1], "max_num_batched_tokens": [512], "order": _ORDER},
         ),
         System(
@@ -95,7 +95,7 @@ SYSTEMS = {
             "transformers_cb",
             "transformers, continuous batching",
             "transformers",
-            many={"slots": [128, 64], "max_batch_tokens": [512], **_ATTENTION, "order": _ORDER},
+            many={"slots": [128, 64], "max_batch_tokens": [512, 2048], **_ATTENTION, "order": _ORDER},
             alone={"slots": [1], "max_batch_tokens": [512], **_ATTENTION, "order": _ORDER},
         ),
         System("transformers", "transformers, one by one", "transformers", _ATTENTION, _ATTENTION, sequential=True),
