@@ -22,6 +22,7 @@ from isologit.model.rope import rope_inv_freq
 from isologit.ops.cpu import (
     ADD,
     COUNTER_STRIDE,
+    PARTIAL_SIZE,
     STORE,
     SWIGLU,
     argmax_row,
@@ -64,7 +65,7 @@ def _step(
     token_ids, positions, slots, tiles, block_tables, logits_rows,
     embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down, w_head,
     num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab, value_width, eps, cos, sin, keys, values,
-    residual, normed, qkv, attended, gated, query_scratch, score_scratch, sum_scratch, offset_scratch,
+    residual, normed, qkv, attended, gated, query_scratch, score_scratch, sum_scratch, partial_scratch, offset_scratch,
     logits, chosen, clock,
 ):  # fmt: skip
     """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R]."""
@@ -75,7 +76,7 @@ def _step(
     gated_stride = gated.shape[1]
     residual_flat, normed_flat = residual.reshape(-1), normed.reshape(-1)
     qkv_flat, attended_flat, gated_flat = qkv.reshape(-1), attended.reshape(-1), gated.reshape(-1)
-    offsets = offset_scratch[thread]
+    partial, offsets = partial_scratch[thread], offset_scratch[thread]
     queries, scores, sums = query_scratch[thread], score_scratch[thread].reshape(-1), sum_scratch[thread]
     scores_stride = score_scratch.shape[2]
     counter = 0
@@ -92,7 +93,10 @@ def _step(
         _norm_rows(thread, num_threads, residual_flat, stride, rows, input_gains[layer], hidden, eps, normed_flat)
         barrier(sync, num_threads)
         _book(thread, clock, _ELEMENTWISE)
-        linear(normed_flat, stride, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE, offsets, counters, counter)
+        linear(
+            normed_flat, stride, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE,
+            partial, offsets, counters, counter,
+        )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         _book(thread, clock, _QKV)
@@ -113,14 +117,14 @@ def _step(
                 qkv_flat, qkv_stride, tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], block_tables[tiles[tile, 3]],
                 item % num_kv_heads, num_heads, num_kv_heads, head_dim, value_width, layer_keys, layer_values,
                 attended_flat, out_stride, queries, scores, scores_stride, sums,
-                offsets,
+                partial, offsets,
             )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         _book(thread, clock, _ATTENTION)
         linear(
             attended_flat, out_stride, rows, num_heads * head_dim, w_out[layer], residual_flat, stride, ADD,
-            offsets, counters, counter,
+            partial, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
@@ -130,14 +134,14 @@ def _step(
         _book(thread, clock, _ELEMENTWISE)
         linear(
             normed_flat, stride, rows, hidden, w_gate_up[layer], gated_flat, gated_stride, SWIGLU,
-            offsets, counters, counter,
+            partial, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         _book(thread, clock, _GATE_UP)
         linear(
             gated_flat, gated_stride, rows, intermediate, w_down[layer], residual_flat, stride, ADD,
-            offsets, counters, counter,
+            partial, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
     barrier(sync, num_threads)
@@ -149,7 +153,7 @@ def _step(
     _book(thread, clock, _ELEMENTWISE)
     linear(
         normed_flat, stride, logits_rows.shape[0], hidden, w_head, logits_flat, logits.shape[1], STORE,
-        offsets, counters, counter,
+        partial, offsets, counters, counter,
     )  # fmt: skip
     barrier(sync, num_threads)
     _book(thread, clock, _HEAD)
@@ -298,6 +302,7 @@ class LlamaCPU:
         self._attended = np.zeros((tokens, c.num_attention_heads * c.head_dim), np.float32)
         self._gated = np.zeros((tokens, self._w_gate_up.shape[1] * VECTOR_WIDTH), np.float32)
         self._query_scratch = np.zeros((self.num_threads, tile_rows * self._value_width), np.float32)
+        self._partial_scratch = np.zeros((self.num_threads, PARTIAL_SIZE), np.float32)
         self._offset_scratch = np.zeros((self.num_threads, COUNTER_STRIDE), np.int64)
         context = _round_up(self.max_model_len, PANEL_WIDTH) + PANEL_WIDTH
         self._score_scratch = np.zeros((self.num_threads, tile_rows, context), np.float32)
@@ -323,6 +328,6 @@ class LlamaCPU:
             self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,
             self._residual[:tokens], self._normed, self._qkv[:tokens], self._attended[:tokens], self._gated[:tokens],
             self._query_scratch, self._score_scratch, self._sum_scratch,
-            self._offset_scratch, self._logits, chosen, self._clock,
+            self._partial_scratch, self._offset_scratch, self._logits, chosen, self._clock,
         )  # fmt: skip
         return self._logits[:rows, : c.vocab_size], chosen

@@ -29,6 +29,11 @@ from isologit.ops.simd import (
 
 COUNTER_STRIDE = 8  # int64 elements between counters: one cache line each
 _SPINS_BEFORE_YIELD = 2000
+_MOST_ROWS = 96  # of one pass over a panel
+ZEROS = _MOST_ROWS * PANEL_WIDTH  # where the zeros behind a thread's unfinished sums begin
+PARTIAL_SIZE = ZEROS + 4 * PANEL_WIDTH  # float32 elements of a thread's unfinished sums and those zeros
+_SHORT_ROWS = 24  # so few rows take a panel whole: it is read so seldom that cutting it does not pay
+_L1_PANEL_BYTES = 12 * 1024  # part of a panel that stays in the first-level cache while rows pass by
 _L2_ROW_BLOCK_BYTES = 192 * 1024  # activations one thread keeps in its second-level cache while panels pass by
 
 
@@ -100,6 +105,9 @@ def rms_norm_row(x, x_offset, gain, size, eps, out, out_offset):
         out[out_offset + i] = x[x_offset + i] * scale * gain[i]
 
 
+_TALL_TILES = TILE_ROWS == 12  # NOTE: a name of its own, so that Numba drops what it rules out before compiling it
+
+
 def _make_tiles(epilogue: str) -> Any:
     """Product of any number of rows with one panel, built from register tiles of fixed heights.
 
@@ -112,41 +120,51 @@ def _make_tiles(epilogue: str) -> Any:
     t4 = make_tile_product(4, epilogue)
     t5 = make_tile_product(5, epilogue)
     t6 = make_tile_product(6, epilogue)
-    t8 = make_tile_product(8, epilogue) if TILE_ROWS == 12 else t6
-    t12 = make_tile_product(12, epilogue) if TILE_ROWS == 12 else t6
+    t8 = make_tile_product(8, epilogue)
+    t12 = make_tile_product(12, epilogue)
 
     @njit(nogil=True)
-    def tiles(x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, out, out_offset, out_stride, rows):
+    def tiles(
+        x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, start, start_offset, start_stride,
+        out, out_offset, out_stride, rows,
+    ):  # fmt: skip
         r = 0
         while r < rows:
             left = rows - r
             xo = x_offset + r * x_stride
             oo = out_offset + r * out_stride
+            so = start_offset + r * start_stride
             if left > TILE_ROWS and left < 2 * TILE_ROWS:
                 left = (left + 1) // 2
-            if left >= 12 and TILE_ROWS == 12:
-                t12(x, xo, x_stride, w, w_offset, w_stride, depth, 0, out, oo, out_stride)
-                r += 12
-            elif left >= 8 and TILE_ROWS == 12:
-                t8(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
-                r += 8
-            elif left >= 6:
-                t6(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
+            if _TALL_TILES:
+                if left >= 12:
+                    t12(x, xo, x_stride, w, w_offset, w_stride, depth, 0, start, so, start_stride, out, oo, out_stride)
+                    r += 12
+                    continue
+                if left >= 8:
+                    t8(
+                        x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride,
+                        out, oo, out_stride,
+                    )  # fmt: skip
+                    r += 8
+                    continue
+            if left >= 6:
+                t6(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
                 r += 6
             elif left == 5:
-                t5(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
+                t5(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
                 r += 5
             elif left == 4:
-                t4(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
+                t4(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
                 r += 4
             elif left == 3:
-                t3(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
+                t3(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
                 r += 3
             elif left == 2:
-                t2(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
+                t2(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
                 r += 2
             else:
-                t1(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, out, oo, out_stride)
+                t1(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
                 r += 1
 
     return tiles
@@ -167,17 +185,18 @@ _swiglu_2x2 = make_tile_product(2, "swiglu", panels=2)
 
 
 @njit(nogil=True)
-def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, offsets, counters, counter):
+def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, partial, offsets, counters, counter):
     """One thread's share of `out = x @ W^T` ([rows, in_features] x panels of W) with the given epilogue.
 
     Threads share the panels through `counters[counter]`, so a core that another process slows down takes fewer.
-    `offsets` holds 4 int64 and belongs to this thread.
+    `partial` holds PARTIAL_SIZE float32, zero at first, and `offsets` 4 int64; both belong to this thread.
     """
     num_panels = panels.shape[0]
     flat = panels.reshape(-1)
     panel_size = in_features * PANEL_WIDTH
     panel_columns = VECTOR_WIDTH if epilogue == SWIGLU else PANEL_WIDTH
-    row_block = max(TILE_ROWS, _L2_ROW_BLOCK_BYTES // (4 * in_features) // TILE_ROWS * TILE_ROWS)
+    row_block = min(_MOST_ROWS, max(TILE_ROWS, _L2_ROW_BLOCK_BYTES // (4 * in_features) // TILE_ROWS * TILE_ROWS))
+    depth_block = _L1_PANEL_BYTES // (PANEL_WIDTH * flat.itemsize) if rows > _SHORT_ROWS else in_features
     side_by_side = 4 if rows == 1 else 2 if rows == 2 else 1
     chunk = max(side_by_side, min(8, num_panels // 32))
     while True:
@@ -187,49 +206,96 @@ def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, of
         last = min(num_panels, first + chunk)
         for block in range(0, rows, row_block):
             n = min(row_block, rows - block)
+            xo = block * x_stride
             panel = first
             while panel < last:
-                xo = block * x_stride
                 wo = panel * panel_size
                 oo = block * out_stride + panel * panel_columns
                 if side_by_side > 1 and panel + side_by_side <= last:
                     for i in range(side_by_side):
                         offsets[i] = wo + i * panel_size
                     _short_product(
-                        x, xo, x_stride, flat, offsets, in_features, side_by_side * panel_size,
+                        x, xo, x_stride, flat, offsets, in_features, side_by_side * panel_size, partial,
                         out, oo, out_stride, rows, epilogue,
                     )  # fmt: skip
                     panel += side_by_side
-                    continue
-                if epilogue == SWIGLU:
-                    _swiglu_tiles(
-                        x, xo, x_stride, flat, wo, PANEL_WIDTH, in_features, panel_size, out, oo, out_stride, n
-                    )
-                elif epilogue == ADD:
-                    accumulate_tiles(
-                        x, xo, x_stride, flat, wo, PANEL_WIDTH, in_features, panel_size, out, oo, out_stride, n
-                    )
                 else:
-                    dot_tiles(x, xo, x_stride, flat, wo, PANEL_WIDTH, in_features, panel_size, out, oo, out_stride, n)
-                panel += 1
+                    _panel_product(
+                        x, xo, x_stride, flat, wo, in_features, depth_block, panel_size, partial,
+                        out, oo, out_stride, n, epilogue,
+                    )  # fmt: skip
+                    panel += 1
 
 
 @njit(nogil=True)
-def _short_product(x, x_offset, x_stride, w, offsets, depth, ahead, out, out_offset, out_stride, rows, epilogue):
+def _panel_product(
+    x, x_offset, x_stride, w, w_offset, depth, depth_block, ahead, partial, out, out_offset, out_stride, rows, epilogue
+):
+    """Rows of `x` with one panel, in pieces of `depth_block` terms; the sums of unfinished chains are in `partial`."""
+    start, start_stride = ZEROS, 0
+    while depth > depth_block:
+        dot_tiles(
+            x, x_offset, x_stride, w, w_offset, PANEL_WIDTH, depth_block, 0, partial, start, start_stride,
+            partial, 0, PANEL_WIDTH, rows,
+        )  # fmt: skip
+        start, start_stride = 0, PANEL_WIDTH
+        x_offset += depth_block
+        w_offset += depth_block * PANEL_WIDTH
+        depth -= depth_block
+        ahead = 0
+    if epilogue == SWIGLU:
+        _swiglu_tiles(
+            x, x_offset, x_stride, w, w_offset, PANEL_WIDTH, depth, ahead, partial, start, start_stride,
+            out, out_offset, out_stride, rows,
+        )  # fmt: skip
+    elif epilogue == ADD:
+        accumulate_tiles(
+            x, x_offset, x_stride, w, w_offset, PANEL_WIDTH, depth, ahead, partial, start, start_stride,
+            out, out_offset, out_stride, rows,
+        )  # fmt: skip
+    else:
+        dot_tiles(
+            x, x_offset, x_stride, w, w_offset, PANEL_WIDTH, depth, ahead, partial, start, start_stride,
+            out, out_offset, out_stride, rows,
+        )  # fmt: skip
+
+
+@njit(nogil=True)
+def _short_product(
+    x, x_offset, x_stride, w, offsets, depth, ahead, partial, out, out_offset, out_stride, rows, epilogue
+):
     """One row with four panels, or two rows with two."""
     if rows == 1:
         if epilogue == SWIGLU:
-            _swiglu_1x4(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+            _swiglu_1x4(
+                x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
+                out, out_offset, out_stride,
+            )  # fmt: skip
         elif epilogue == ADD:
-            _accumulate_1x4(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+            _accumulate_1x4(
+                x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
+                out, out_offset, out_stride,
+            )  # fmt: skip
         else:
-            _dot_1x4(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+            _dot_1x4(
+                x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
+                out, out_offset, out_stride,
+            )  # fmt: skip
     elif epilogue == SWIGLU:
-        _swiglu_2x2(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+        _swiglu_2x2(
+            x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
+            out, out_offset, out_stride,
+        )  # fmt: skip
     elif epilogue == ADD:
-        _accumulate_2x2(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+        _accumulate_2x2(
+            x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
+            out, out_offset, out_stride,
+        )  # fmt: skip
     else:
-        _dot_2x2(x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, out, out_offset, out_stride)
+        _dot_2x2(
+            x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
+            out, out_offset, out_stride,
+        )  # fmt: skip
 
 
 @njit(nogil=True, fastmath={"contract"})
@@ -289,7 +355,7 @@ def softmax_row(scores, offset, length, padded, scale):
 @njit(nogil=True)
 def attention_tile(
     qkv, qkv_stride, first_row, num_rows, first_position, table, kv_head, num_heads, num_kv_heads, head_dim,
-    value_width, keys, values, out, out_stride, queries, scores, scores_stride, sums, offsets,
+    value_width, keys, values, out, out_stride, queries, scores, scores_stride, sums, partial, offsets,
 ):  # fmt: skip
     """Causal attention of `num_rows` consecutive tokens of one sequence for the query heads of one KV head.
 
@@ -315,17 +381,19 @@ def attention_tile(
             offsets[i] = (table[b + i] * num_kv_heads + kv_head) * panel_size
         if total_rows == 1 and ahead == 4:
             _dot_1x4(
-                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, 0, scores, b * PANEL_WIDTH, scores_stride
-            )
+                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, 0, partial, ZEROS, 0,
+                scores, b * PANEL_WIDTH, scores_stride,
+            )  # fmt: skip
             b += 4
         elif total_rows == 2 and ahead >= 2:
             _dot_2x2(
-                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, 0, scores, b * PANEL_WIDTH, scores_stride
-            )
+                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, 0, partial, ZEROS, 0,
+                scores, b * PANEL_WIDTH, scores_stride,
+            )  # fmt: skip
             b += 2
         else:
             dot_tiles(
-                queries, 0, head_dim, keys, offsets[0], PANEL_WIDTH, head_dim, 0,
+                queries, 0, head_dim, keys, offsets[0], PANEL_WIDTH, head_dim, 0, partial, ZEROS, 0,
                 scores, b * PANEL_WIDTH, scores_stride, total_rows,
             )  # fmt: skip
             b += 1
@@ -346,21 +414,21 @@ def attention_tile(
             for i in range(ahead):
                 offsets[i] = block + column + i * PANEL_WIDTH
             if total_rows == 1 and ahead == 4:
-                _accumulate_1x4(
+                _dot_1x4(
                     scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth, 0,
-                    queries, column, value_width,
+                    queries, column, value_width, queries, column, value_width,
                 )  # fmt: skip
                 column += 4 * PANEL_WIDTH
             elif total_rows == 2 and ahead >= 2:
-                _accumulate_2x2(
+                _dot_2x2(
                     scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth, 0,
-                    queries, column, value_width,
+                    queries, column, value_width, queries, column, value_width,
                 )  # fmt: skip
                 column += 2 * PANEL_WIDTH
             else:
-                accumulate_tiles(
+                dot_tiles(
                     scores, b * PANEL_WIDTH, scores_stride, values, block + column, value_width, depth, 0,
-                    queries, column, value_width, total_rows,
+                    queries, column, value_width, queries, column, value_width, total_rows,
                 )  # fmt: skip
                 column += PANEL_WIDTH
     for r in range(num_rows):

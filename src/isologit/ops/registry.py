@@ -65,6 +65,7 @@ def _packed_product(x: torch.Tensor, weight: torch.Tensor, storage: str, epilogu
         out.reshape(-1),
         out.shape[1],
         epilogue,
+        np.zeros(cpu.PARTIAL_SIZE, np.float32),
         np.zeros(4, np.int64),
         np.zeros(1, np.int64),
         0,
@@ -170,7 +171,8 @@ def paged_attention_numba(
             cpu.attention_tile(
                 qkv, stride, first, min(step, length - first), first, table, head, heads, kv_heads, dim, width,
                 cache, values, out, heads * dim, queries, scores.reshape(-1), scores.shape[1],
-                np.zeros(step * group, np.float32), np.zeros(cpu.COUNTER_STRIDE, np.int64),
+                np.zeros(step * group, np.float32), np.zeros(cpu.PARTIAL_SIZE, np.float32),
+                np.zeros(cpu.COUNTER_STRIDE, np.int64),
             )  # fmt: skip
     return torch.from_numpy(out).view(length, heads, dim)
 

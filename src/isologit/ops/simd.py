@@ -147,26 +147,35 @@ EPILOGUES = ("store", "add", "swiglu")
 def make_tile_product(rows: int, epilogue: str, *, panels: int = 1) -> Any:
     """Register-tile product `x[rows, K] @ w[K, PANEL_WIDTH]` with an epilogue, as a Numba intrinsic.
 
-    Call: `tile(x, x_offset, x_stride, w, w_offset, w_stride, K, ahead, out, out_offset, out_stride)`; arrays are flat,
-    offsets and strides count elements; `x` and `out` are float32; `w` is float32, float16 bits (int16) or bfloat16
-    bits (uint16), widened exactly. What lies `ahead` elements after the weights is fetched into the cache meanwhile.
-    Every output element is one chain of fused multiply-adds in ascending k, whatever `rows` is: that is why a row's
-    result does not depend on what it is batched with.
+    Call: `tile(x, x_offset, x_stride, w, w_offset, w_stride, K, ahead, start, start_offset, start_stride, out,
+    out_offset, out_stride)`; arrays are flat, offsets and strides count elements; all are float32 but `w`, which is
+    float32, float16 bits (int16) or bfloat16 bits (uint16), widened exactly. What lies `ahead` elements after the
+    weights is fetched into the cache meanwhile. Every output element is one chain of fused multiply-adds in ascending
+    k that begins with its value in `start` (rows of PANEL_WIDTH * panels): zeros (one row of them with stride 0), or
+    what the chain amounted to so far, so that a long sum can be computed in pieces that fit the cache. However many
+    rows and pieces there are, the chain is the same: that is why a row's result does not depend on what it is batched
+    with.
 
     epilogue: "store" writes the sums to `out`, "add" adds them to it, "swiglu" takes the first half of a panel's
     columns as gate and the second as up and writes silu(gate) * up, VECTOR_WIDTH columns (Shazeer 2020).
     panels: with more than one, `w_offset` is an int64 array of so many panel offsets and the results stand side by
     side in `out`: short tiles need several chains in flight to hide the latency of the multiply-add.
     """
-    unroll = 4
+    unroll = 4 if rows <= 2 else 2
     vectors = PANEL_VECTORS * panels
     if epilogue not in EPILOGUES:
         raise ValueError(f"unknown epilogue {epilogue!r}; there are {', '.join(EPILOGUES)}")
 
     @intrinsic
-    def tile(typing_context, x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, out, out_offset, out_stride):
+    def tile(
+        typing_context, x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, start, start_offset, start_stride,
+        out, out_offset, out_stride,
+    ):  # fmt: skip
         storage = _STORAGE_OF_DTYPE[w.dtype]
-        signature = types.void(x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, out, out_offset, out_stride)
+        signature = types.void(
+            x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, start, start_offset, start_stride,
+            out, out_offset, out_stride,
+        )  # fmt: skip
         lines_per_pass = max(1, unroll * PANEL_WIDTH * _BYTES[storage] // _CACHE_LINE)
 
         def codegen(context, builder, signature, args):
@@ -178,7 +187,8 @@ def make_tile_product(rows: int, epilogue: str, *, panels: int = 1) -> Any:
                 else context.cast(builder, a, t, types.int64)
                 for t, a in zip(signature.args, args, strict=True)
             ]
-            x_ptr, x_off, x_ld, w_ptr, w_off, w_ld, depth, ahead, out_ptr, out_off, out_ld = values
+            x_ptr, x_off, x_ld, w_ptr, w_off, w_ld, depth, ahead, *places = values
+            start_ptr, start_off, start_ld, out_ptr, out_off, out_ld = places
             x_rows = [builder.gep(x_ptr, [builder.add(x_off, builder.mul(x_ld, i64(r)))]) for r in range(rows)]
             if panels == 1:
                 w_bases = [builder.gep(w_ptr, [w_off])]
@@ -226,9 +236,15 @@ def make_tile_product(rows: int, epilogue: str, *, panels: int = 1) -> Any:
                 builder.position_at_end(done)
                 return k, sums
 
-            zeros = [_constant(0.0)] * (rows * vectors)
+            sums = []
+            for r in range(rows):
+                row = builder.add(start_off, builder.mul(start_ld, i64(r)))
+                for j in range(vectors):
+                    place = builder.gep(start_ptr, [builder.add(row, i64(j * VECTOR_WIDTH))])
+                    sums.append(builder.load(builder.bitcast(place, vector.as_pointer())))
+                    sums[-1].align = 4
             whole = builder.and_(depth, i64(-unroll))
-            k, sums = loop(i64(0), unroll, whole, zeros)
+            k, sums = loop(i64(0), unroll, whole, sums)
             _, sums = loop(k, 1, depth, sums)
             for r in range(rows):
                 results = sums[r * vectors : (r + 1) * vectors]
@@ -257,6 +273,17 @@ def float_from_bits(typing_context, bits):
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), codegen
+
+
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Ask for the cache line of `array[index]`, which will be read soon."""
+
+    def codegen(context, builder, signature, args):
+        _prefetch(builder, builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
 
 
 @intrinsic
