@@ -184,3 +184,29 @@ def test_sweep_starts_the_server_anew_for_every_rate(tmp_path: Path) -> None:
     )
     assert broken.exit_code == 2
     assert "ended with exit code 7" in broken.output
+
+
+def test_the_engine_alone_is_measured_on_the_demo_model(tmp_path: Path) -> None:
+    done = _run("throughput", "--num-prompts", "3", "--threads", "1", "--output-json", str(tmp_path / "t.json"))
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert found["num_requests"] == 3
+    assert found["total_num_tokens"] > found["total_output_tokens"] > 0
+    assert "Throughput: " in done.output
+    sizes = (
+        "--batch-size",
+        "2",
+        "--input-len",
+        "5",
+        "--output-len",
+        "4",
+        "--num-iters",
+        "2",
+        "--num-iters-warmup",
+        "1",
+    )
+    done = _run("latency", *sizes, "--threads", "1", "--output-json", str(tmp_path / "l.json"))
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "l.json").read_text())
+    assert len(found["latencies"]) == 2
+    assert found["avg_latency"] == pytest.approx(sum(found["latencies"]) / 2)
