@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from isologit import LLM, GenerationRequest, RequestOutput, SamplingParams
 from isologit.engine.loop import LAST_TOKEN
-from isologit.errors import ConfigError, RequestError
+from isologit.errors import ConfigError, ModelError, RequestError
 
 VOCAB = 300
 SHAPES = {
@@ -218,3 +218,18 @@ def test_text_needs_a_tokenizer_and_options_are_checked(model: tuple[Path, Llama
         LLM(model[0], max_num_seqs=0)
     with pytest.raises(RequestError, match="keys and values"):
         LLM(model[0], kv_cache_memory_bytes=1).generate({"prompt_token_ids": [1]}, SamplingParams(max_tokens=4))
+
+
+@pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])
+def test_biases_are_refused_not_ignored(name: str, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=VOCAB,
+        **{name: True},
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="biases"):
+        LLM(tmp_path)

@@ -17,6 +17,7 @@ import torch
 from numba import njit
 
 from isologit.config import ModelConfig
+from isologit.errors import ModelError
 from isologit.model.batch import FlatBatch
 from isologit.model.rope import rope_inv_freq
 from isologit.ops.cpu import (
@@ -196,7 +197,7 @@ class LlamaCPU:
     """LLaMA weights packed for the CPU kernels; `forward` runs one step.
 
     `storage` is the dtype the weights are kept in ("float32", "float16", "bfloat16"); 16-bit weights are widened
-    exactly inside the product, all arithmetic is float32.
+    exactly inside the product, all arithmetic is float32. Raises ModelError for a model with biases.
     """
 
     block_size = PANEL_WIDTH
@@ -210,6 +211,8 @@ class LlamaCPU:
         max_num_batched_tokens: int,
         num_threads: int,
     ) -> None:
+        if config.attention_bias or config.mlp_bias:
+            raise ModelError("the model has biases (attention_bias or mlp_bias), which the CPU kernels do not compute")
         self.config = config
         self.storage = config.dtype
         self.num_threads = num_threads
