@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numba
@@ -21,30 +22,8 @@ import torch
 
 from isologit import LLM, GenerationRequest, SamplingParams
 from isologit.config import load_model_config
+from isologit.job.profile import measure_limits, profile
 from isologit.workload import contest_lengths
-
-
-def product_rate(size: int = 2048, repeats: int = 7) -> float:
-    """Median FLOP/s of a square float32 product through the library."""
-    x, y = torch.randn(size, size), torch.randn(size, size)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(x, y)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / float(np.median(times))
-
-
-def streaming_rate(megabytes: int = 400, repeats: int = 7) -> float:
-    """Median bytes/s of a matrix-vector product over a matrix far larger than the caches."""
-    matrix = torch.randn(megabytes * 2**20 // 4 // 1024, 1024)
-    vector = torch.randn(1024)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mv(matrix, vector)
-        times.append(time.perf_counter() - start)
-    return matrix.numel() * 4 / float(np.median(times))
 
 
 def cpu_name() -> str:
@@ -86,33 +65,23 @@ def main() -> None:
         seed=args.seed,
     )
     llm.warm_up()
-    head = 2 * config.hidden_size * config.vocab_size
-    body = 2 * config.num_matmul_parameters - head
     runs = []
     for _ in range(args.repeats):
-        flops, stream = product_rate(), streaming_rate()
+        limits = measure_limits()
         start = time.perf_counter()
         outputs = list(llm.run(requests))
         seconds = time.perf_counter() - start
-        steps = llm.step_records
-        limit = sum(
-            max((body * s.num_tokens + head * s.num_logits) / flops, llm.describe()["weight_bytes"] / stream)
-            for s in steps
-        )
         plan = llm.last_plan
         assert plan is not None
+        steps = [asdict(step) for step in llm.step_records]
         runs.append(
             {
                 "seconds": seconds,
-                "limit_s": limit,
-                "limit_over_time": limit / seconds,
-                "gflops_product": flops / 1e9,
-                "gb_per_s_stream": stream / 1e9,
                 "steps": len(steps),
                 "predicted_steps": plan.predicted_steps,
                 "predicted_s": plan.predicted_seconds,
-                "host_share": 1 - sum(s.execute_s for s in steps) / sum(s.end_s - s.start_s for s in steps),
                 "output_tokens": sum(len(o.token_ids) for o in outputs),
+                **profile(steps, llm.phase_seconds(), config, llm.describe()["weight_bytes"], limits),
             }
         )
         print(json.dumps(runs[-1]), flush=True)

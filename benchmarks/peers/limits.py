@@ -21,7 +21,7 @@ from isologit.config import ModelConfig
 _SLOTS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 _MEASURE = """
 import json
-from benchmarks.trace import product_rate, streaming_rate
+from isologit.job.profile import product_rate, streaming_rate
 print(json.dumps({"flops": product_rate(), "bytes_per_s": streaming_rate()}))
 """
 

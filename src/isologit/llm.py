@@ -193,6 +193,7 @@ class LLM:
     def _run(self, queue: list[GenerationRequest]) -> Iterator[RequestOutput]:
         zero = time.perf_counter()
         self.step_records = []
+        self._model.reset_phases()
         if not queue:
             return
         chosen = self.last_plan = self.plan(queue)
@@ -301,6 +302,10 @@ class LLM:
             self.warm_up()
         assert self._step_cost is not None
         return self._step_cost
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds that the last run's steps spent in each part of the model, waiting between threads included."""
+        return {name: nanoseconds * 1e-9 for name, nanoseconds in self._model.phase_ns.items()}
 
     def describe(self) -> dict[str, Any]:
         """What runs: slots, budget, dtype, kernels, threads."""

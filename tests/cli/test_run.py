@@ -20,6 +20,7 @@ def test_a_run_writes_everything_and_says_valid(invoke: Invoke, prompts: Path, t
     assert {file.name for file in out.iterdir()} == FILES
     assert "VALID" in done.stdout
     assert "speed-up" in done.stdout
+    assert "where the steps' time went" in done.stdout
     result = json.loads((out / "result.json").read_text())
     assert result["baseline"]["requests"] == 3
     assert result["baseline"]["equal_outputs"] == 3

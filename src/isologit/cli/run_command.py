@@ -94,7 +94,12 @@ def run_command(
         bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="Print one JSON object and nothing else.")
     ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", rich_help_panel=_OUTPUT, help="Also show where the steps' time went.")
+        bool,
+        typer.Option(
+            "--profile",
+            rich_help_panel=_OUTPUT,
+            help="Also show where the steps' time went, beside the machine's measured limits.",
+        ),
     ] = False,
     max_num_seqs: Annotated[
         int | None,
@@ -182,6 +187,7 @@ def run_command(
             capture_rows=capture_rows,
             capture_seed=capture_seed,
             resume=resume,
+            profile=profile,
         )
         result = _run(options, as_json=as_json)
         code = Exit.INVALID if not result.valid else Exit.SOME_FAILED if result.num_failed else Exit.OK
@@ -190,7 +196,7 @@ def run_command(
         else:
             from isologit.cli.summary import print_summary
 
-            print_summary(result, profile=profile)
+            print_summary(result)
     raise typer.Exit(code)
 
 

@@ -11,7 +11,7 @@ from isologit.job.folder import OUTPUTS, REPORT
 from isologit.job.result import RunResult
 
 
-def print_summary(result: RunResult, *, profile: bool) -> None:
+def print_summary(result: RunResult) -> None:
     """Print what a run measured to standard output."""
     data = result.data
     console = Console()
@@ -21,8 +21,8 @@ def print_summary(result: RunResult, *, profile: bool) -> None:
     for name, value in _rows(data):
         table.add_row(name, value)
     console.print(table)
-    if profile:
-        console.print(_profile(data["steps"]))
+    if data["profile"] is not None:
+        console.print(_profile(data["profile"]))
     if result.num_failed:
         console.print(f"{result.num_failed} requests have no answer; {OUTPUTS} says why", markup=False, highlight=False)
     console.print(f"{result.folder / REPORT}", markup=False, highlight=False, soft_wrap=True)
@@ -40,6 +40,16 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("not in it", f"load {outside['load_s']:.1f} s, warm-up {outside['warm_up_s']:.1f} s"),
         ("output", f"{totals['output_tokens']:,} tokens, {totals['output_tokens_per_s']:,.0f} tokens/s"),
     ]
+    plan = data["plan"]
+    if plan is not None:
+        rows.append(
+            (
+                "plan",
+                f"{plan['max_num_seqs']} slots, {plan['max_num_batched_tokens']} tokens a step; predicted "
+                f"{plan['predicted_steps']} steps and {plan['predicted_s']:.2f} s, took {plan['steps']} and "
+                f"{plan['inference_s']:.2f} s",
+            )
+        )
     if data["mode"] == "replay":
         rows.insert(0, ("mode", "replay: outputs were forced from a record"))
     if len(data["segments"]) > 1:
@@ -67,8 +77,17 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _profile(steps: dict[str, Any]) -> Table:
-    table = Table(title="steps", show_header=False, title_justify="left")
-    for name, value in steps.items():
-        table.add_row(name.replace("_", " "), f"{value:,.3f}" if isinstance(value, float) else str(value))
+def _profile(found: dict[str, Any]) -> Table:
+    table = Table(title="where the steps' time went", show_header=False, title_justify="left")
+    for name, share in sorted(found["shares"].items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{found['seconds'][name]:.3f} s, {share:.1%}")
+    table.add_row("outside the model", f"{found['host_share']:.1%}")
+    table.add_row(
+        "products", f"{found['product_gflops']:.0f} GFLOP/s; the machine {found['machine_product_gflops']:.0f}"
+    )
+    if found["narrow_steps"]:
+        table.add_row(
+            "narrowest steps", f"{found['narrow_step_gb_per_s']:.1f} GB/s; the machine {found['machine_gb_per_s']:.1f}"
+        )
+    table.add_row("limit / time", f"{found['limit_over_time']:.2f}")
     return table

@@ -34,12 +34,18 @@ class StepError(IsologitError):
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one step did and how long its parts took, in seconds; times count from the start of the run."""
+    """What one step did and how long its parts took, in seconds; `start_s` and `end_s` count from the start of the run.
+
+    execute_s: building the batch and the model's step. sample_s: choosing tokens beyond the model's own argmax.
+    capture_s: copying logits rows that were asked for.
+    """
 
     start_s: float
     end_s: float
     schedule_s: float
     execute_s: float
+    sample_s: float
+    capture_s: float
     num_tokens: int
     num_logits: int
     num_seqs: int
@@ -110,21 +116,25 @@ class EngineLoop:
         executed = self.now()
         before = [s.seq.num_output_tokens for s in plan.sequences]
         chosen = [self._choose(s, result, row) for s, row in zip(plan.sequences, result.first_rows, strict=True)]
+        sampled = self.now()
         finished = self.scheduler.commit(plan, chosen)
-        end = self.now()
+        committed = self.now()
         drafts = accepted = 0
         for scheduled_seq, row, first_index in zip(plan.sequences, result.first_rows, before, strict=True):
-            self._collect(scheduled_seq, result, row, first_index, end)
+            self._collect(scheduled_seq, result, row, first_index, committed)
             if scheduled_seq.draft_token_ids:
                 drafts += len(scheduled_seq.draft_token_ids)
                 accepted += max(0, scheduled_seq.num_accepted - 1)
+        collected = self.now()
         finished += self._finish_by_stop_string(plan.sequences)
         self.step_records.append(
             StepRecord(
                 start,
-                end,
+                self.now(),
                 scheduled - start,
                 executed - scheduled,
+                sampled - executed,
+                collected - committed,
                 plan.num_tokens,
                 len(result.argmax),
                 len(plan.sequences),

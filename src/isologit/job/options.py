@@ -22,7 +22,7 @@ _AT_LEAST_ONE = ("limit", "max_new_tokens", "max_num_seqs", "max_num_batched_tok
 _AT_LEAST_ZERO = ("seed", "capture_seed", "num_speculative_tokens", "baseline_requests")
 
 # NOTE: these change neither what is computed nor what is timed, so a resumed run may be given others.
-_FREE_ON_RESUME = ("output", "resume", "baseline_requests", "certify_seconds", "num_threads", "capture_seed")
+_FREE_ON_RESUME = ("output", "resume", "baseline_requests", "certify_seconds", "num_threads", "capture_seed", "profile")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class RunOptions:
     capture_rows: int | None = None
     capture_seed: int | None = None
     resume: bool = False
+    profile: bool = False
 
     def __post_init__(self) -> None:
         for names, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):

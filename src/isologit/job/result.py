@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class Findings:
     capture: Mapping[str, Any]
     engine_facts: Mapping[str, Any]
     plan: Plan | None
-    baseline: Baseline | None = field(default=None)
+    baseline: Baseline | None = None
+    profile: Mapping[str, Any] | None = None
 
 
 def build_result(found: Findings, certificate: Certificate, engine: Engine, folder: Path) -> RunResult:
@@ -102,6 +103,7 @@ def build_result(found: Findings, certificate: Certificate, engine: Engine, fold
         "segments": [asdict(segment) for segment in found.segments],
         "steps": summarise_steps(found.steps),
         "plan": _plan(found, inference_s),
+        "profile": found.profile,
         "baseline": None if found.baseline is None else found.baseline.to_dict(),
         "certificate": _verdict(certificate),
         "capture": dict(found.capture),

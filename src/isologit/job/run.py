@@ -7,10 +7,11 @@ certificate after it; all of them are timed and listed apart.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from isologit.errors import DatasetError, IsologitError
 from isologit.job.baseline import Baseline, measure_baseline
@@ -21,11 +22,12 @@ from isologit.job.journal import Journal
 from isologit.job.options import RunOptions
 from isologit.job.outputs import output_lines, step_lines
 from isologit.job.preprocess import Prepared, preprocess
+from isologit.job.profile import measure_limits, profile
 from isologit.job.progress import Observer, Silent
 from isologit.job.proof import add_contest_rows, fresh_capture_seed, hashes, make_certificate, plan_capture, save_rows
 from isologit.job.result import Clock, Findings, RunResult, build_result, inference_seconds
 from isologit.job.state import RunState, Segment, load_state
-from isologit.job.threads import torch_threads
+from isologit.job.threads import fastest_thread_count, torch_threads
 from isologit.report import render_report
 
 
@@ -131,7 +133,7 @@ class _Job:
         )
         observer.stage("running")
         infer(prepared.with_capture(kept).requests, engine, journal, state, segment, self.folder, observer)
-        engine_facts, chosen = engine.describe(), engine.last_plan
+        engine_facts, chosen, phases = engine.describe(), engine.last_plan, engine.phase_seconds()
 
         start = time.perf_counter()
         self.folder.write_lines(OUTPUTS, output_lines(prepared, journal.finished, state.segments))
@@ -144,7 +146,10 @@ class _Job:
         with self._timed("baseline_s", "timing the baseline"):
             reference = self._reference_factory(engine)
             baseline = self._baseline(prepared, journal, engine, reference, inference_seconds(state.segments))
-        with self._timed("certificate_s", "checking against the reference"), torch_threads(engine.num_threads):
+        with (
+            self._timed("certificate_s", "checking against the reference"),
+            _fastest_threads(reference, journal, engine),
+        ):
             certificate = make_certificate(
                 prepared,
                 journal.finished,
@@ -171,6 +176,7 @@ class _Job:
             engine_facts=engine_facts,
             plan=chosen,
             baseline=baseline,
+            profile=self._profile(journal, engine, engine_facts, phases, len(state.segments) - 1),
         )
         result = build_result(found, certificate, engine, self.folder.path)
         self.folder.write_json(CERTIFICATE, {**certificate.to_dict(), "capture": capture})
@@ -214,9 +220,35 @@ class _Job:
             main_inference_s=inference_s,
         )
 
+    def _profile(
+        self, journal: Journal, engine: Engine, facts: Mapping[str, Any], phases: Mapping[str, float], segment: int
+    ) -> dict[str, Any] | None:
+        """Of the last segment; None when not asked for, or when nothing was left to run in it."""
+        steps = [step for step in journal.steps if step["segment"] == segment]
+        if not self.options.profile or not steps:
+            return None
+        self.observer.stage("measuring the machine")
+        with torch_threads(engine.num_threads):
+            limits = measure_limits()
+        return profile(steps, phases, engine.config, facts["weight_bytes"], limits)
+
     @contextmanager
     def _timed(self, field: str, stage: str) -> Iterator[None]:
         self.observer.stage(stage)
         start = time.perf_counter()
         yield
         setattr(self._clock, field, time.perf_counter() - start)
+
+
+@contextmanager
+def _fastest_threads(reference: TimedReference, journal: Journal, engine: Engine) -> Iterator[None]:
+    """Re-scoring with the number of threads that it is fastest with."""
+    answered = sorted((r for r in journal.finished.values() if r.token_ids), key=lambda r: len(r.token_ids))
+    threads = engine.num_threads
+    if answered:
+        sample = answered[len(answered) // 2]
+        threads = fastest_thread_count(
+            lambda: reference.score(sample.prompt_token_ids, sample.token_ids), engine.num_threads
+        )
+    with torch_threads(threads):
+        yield

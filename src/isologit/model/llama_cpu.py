@@ -278,8 +278,12 @@ class LlamaCPU:
 
     @property
     def phase_ns(self) -> dict[str, int]:
-        """Nanoseconds all steps so far spent in each of PHASES, waiting for the other threads included."""
+        """Nanoseconds the steps since `reset_phases` spent in each of PHASES, waiting for other threads included."""
         return dict(zip(PHASES, self._clock[:-1].tolist(), strict=True))
+
+    def reset_phases(self) -> None:
+        """Begin new books."""
+        self._clock[:] = 0
 
     @property
     def _value_width(self) -> int:

@@ -1,0 +1,36 @@
+"""The profile of a run: parts that sum to the whole, and rates that follow from the operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from isologit.config import ModelConfig
+from isologit.job.profile import PRODUCTS, MachineLimits, profile
+
+CONFIG = ModelConfig.from_preset("llama-110m")
+
+
+def step(start: float, end: float, tokens: int, logits: int) -> dict[str, Any]:
+    return {
+        "start_s": start, "end_s": end, "execute_s": 0.9 * (end - start), "sample_s": 0.01, "capture_s": 0.02,
+        "num_tokens": tokens, "num_logits": logits,
+    }  # fmt: skip
+
+
+def test_shares_sum_to_one_and_rates_follow() -> None:
+    steps = [step(0.0, 1.0, 100, 50), step(1.0, 2.0, 1, 1)]
+    phases = dict.fromkeys(PRODUCTS, 0.2) | {"attention": 0.3, "elementwise": 0.2, "argmax": 0.1}
+    found = profile(steps, phases, CONFIG, 10**9, MachineLimits(1e12, 1e10))
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert found["shares"]["products"] == pytest.approx(0.5)
+    assert found["shares"]["sampling"] == pytest.approx(0.06)
+    assert found["host_share"] == pytest.approx(0.2)
+    head = 2 * CONFIG.hidden_size * CONFIG.vocab_size
+    flop = (2 * CONFIG.num_matmul_parameters - head) * 101 + head * 51
+    assert found["product_gflops"] == pytest.approx(flop / 1e9)
+    assert found["narrow_steps"] == 1
+    assert found["narrow_step_gb_per_s"] == pytest.approx(1 / 0.9)
+    assert found["limit_s"] == pytest.approx(0.1 + 0.1)
+    assert found["limit_over_time"] == pytest.approx(0.1)
