@@ -33,6 +33,7 @@ _CALIBRATION_ROWS = (1, 8, 32, 128)
 _LONGEST_CALIBRATION_STEP_S = 0.5
 _HOST_SECONDS = 2e-4  # scheduling and commit of one step
 _PREFIX_CACHE_BLOCKS = 64  # blocks beyond what running requests can need, so that finished prefixes stay a while
+_OPEN_SLOTS, _OPEN_ROWS = 128, 512  # of a loop whose requests are not known, unless the options say otherwise
 _DEFAULT_KV_SHARE = 0.5  # of the memory that is free when the model is loaded
 
 
@@ -229,31 +230,44 @@ class LLM:
     def _make_loop(self, queue: list[GenerationRequest], chosen: Plan, zero_s: float) -> EngineLoop:
         needs = sorted((self._blocks_of(request) for request in queue), reverse=True)
         num_blocks = min(self.max_kv_blocks, sum(needs[: chosen.max_num_seqs]) + _PREFIX_CACHE_BLOCKS)
+        return self._loop_of(chosen.max_num_seqs, chosen.max_num_batched_tokens, num_blocks, zero_s)
+
+    def open_loop(self) -> EngineLoop:
+        """An engine loop for requests that are not known yet, as a server has them.
+
+        `max_num_seqs` and `max_num_batched_tokens` are those of the constructor, else 128 and 512. The loop uses this
+        object's memory, so nothing else may run meanwhile.
+        """
+        options = self.engine_config
+        slots = options.max_num_seqs or _OPEN_SLOTS
+        rows = options.max_num_batched_tokens or max(slots, _OPEN_ROWS)
+        blocks_each = -(-self.max_model_len // self._model.block_size)
+        return self._loop_of(slots, rows, min(self.max_kv_blocks, slots * blocks_each), time.perf_counter())
+
+    def _loop_of(self, slots: int, rows: int, num_blocks: int, zero_s: float) -> EngineLoop:
         if num_blocks > self._num_kv_blocks:
             self._model.allocate_kv(num_blocks)
             self._num_kv_blocks = num_blocks
-        if chosen.max_num_batched_tokens > self._reserved_tokens:
-            self._model.reserve(chosen.max_num_batched_tokens)
-            self._reserved_tokens = chosen.max_num_batched_tokens
-        speculative = self.engine_config.speculative
+        if rows > self._reserved_tokens:
+            self._model.reserve(rows)
+            self._reserved_tokens = rows
+        options = self.engine_config
         proposer = None
-        if speculative is not None:
+        if options.speculative is not None:
             proposer = NGramProposer(
-                max_ngram=speculative.prompt_lookup_max,
-                min_ngram=speculative.prompt_lookup_min,
-                max_draft=speculative.num_speculative_tokens,
+                max_ngram=options.speculative.prompt_lookup_max,
+                min_ngram=options.speculative.prompt_lookup_min,
+                max_draft=options.speculative.num_speculative_tokens,
             )
-        pool = BlockPool(
-            num_blocks, self._model.block_size, enable_prefix_caching=self.engine_config.enable_prefix_caching
-        )
+        pool = BlockPool(num_blocks, self._model.block_size, enable_prefix_caching=options.enable_prefix_caching)
         config = SchedulerConfig(
-            max_num_seqs=chosen.max_num_seqs,
-            max_num_batched_tokens=chosen.max_num_batched_tokens,
+            max_num_seqs=slots,
+            max_num_batched_tokens=rows,
             eos_token_ids=self.config.eos_token_ids,
             max_model_len=self.max_model_len,
         )
         scheduler = Scheduler(config, pool, proposer)
-        return EngineLoop(scheduler, Runner(self._model), self.tokenizer, seed=self.engine_config.seed, zero_s=zero_s)
+        return EngineLoop(scheduler, Runner(self._model), self.tokenizer, seed=options.seed, zero_s=zero_s)
 
     def _price_drafts(self, loop: EngineLoop) -> None:
         """Tell the proposer what one more row costs now, in units of what a token costs now."""

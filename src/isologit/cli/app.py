@@ -1,4 +1,4 @@
-"""The commands `run`, `compare` and `report`. Heavy modules are loaded by the command that needs them."""
+"""The commands `run`, `serve`, `compare` and `report`. Heavy modules are loaded by the command that needs them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from isologit import __version__
 from isologit.cli.bench_command import bench_app
 from isologit.cli.exits import Exit, reporting_errors
 from isologit.cli.run_command import run_command
+from isologit.cli.serve_command import serve_command
 
 _ATOL = 5e-3
 _CONTEST_RTOL = 1e-5
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run_command)
+app.command("serve")(serve_command)
 app.add_typer(bench_app, name="bench")
 
 

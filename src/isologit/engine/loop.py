@@ -53,6 +53,15 @@ class StepRecord:
     num_accepted_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """Output tokens that a request gained in a step, and their log-probabilities if it asked for them."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[dict[int, float]]
+
+
 @dataclass(slots=True)
 class _Progress:
     """What a running request has gathered besides its tokens."""
@@ -73,6 +82,7 @@ class EngineLoop:
         self.runner = runner
         self.tokenizer = tokenizer
         self.step_records: list[StepRecord] = []
+        self._gained: list[tuple[Sequence, int, _Progress]] = []  # of the last step: who, and what they had before
         self._seed = seed
         self._zero_s = zero_s
         self._num_added = 0
@@ -98,6 +108,26 @@ class EngineLoop:
         seq = self.scheduler.abort(request_id)
         return None if seq is None else self._output(seq)
 
+    @property
+    def gains(self) -> list[Gain]:
+        """What requests gained in the last step."""
+        return [
+            Gain(
+                seq.request.request_id,
+                seq.token_ids[seq.num_prompt_tokens + before :],
+                progress.logprobs[before:],
+            )
+            for seq, before, progress in self._gained
+        ]
+
+    def drop_running(self) -> list[str]:
+        """Give up what was running when a step raised; returns the ids of the requests."""
+        dropped = self.scheduler.drop_running()
+        for seq in dropped:
+            self.runner.forget(seq.request.request_id)
+            del self._progress[seq.request.request_id]
+        return [seq.request.request_id for seq in dropped]
+
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
         return self.scheduler.has_work()
@@ -107,6 +137,7 @@ class EngineLoop:
         start = self.now()
         plan = self.scheduler.schedule()
         scheduled = self.now()
+        self._gained = []
         if plan is None:
             return [self._output(seq) for seq in self.scheduler.take_finished()]
         for scheduled_seq in plan.sequences:
@@ -119,6 +150,11 @@ class EngineLoop:
         sampled = self.now()
         finished = self.scheduler.commit(plan, chosen)
         committed = self.now()
+        self._gained = [
+            (s.seq, count, self._progress[s.seq.request.request_id])
+            for s, count in zip(plan.sequences, before, strict=True)
+            if s.num_accepted
+        ]
         drafts = accepted = 0
         for scheduled_seq, row, first_index in zip(plan.sequences, result.first_rows, before, strict=True):
             self._collect(scheduled_seq, result, row, first_index, committed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from isologit.engine.request import SamplingParams
@@ -17,12 +19,14 @@ def log_softmax(row: np.ndarray) -> np.ndarray:
 
 def top_logprobs(row: np.ndarray, token_id: int, count: int) -> dict[int, float]:
     """Log-probability of `token_id` and of the `count` most likely tokens, by token id."""
+    if count == 0:  # NOTE: servers ask this of every row, so no second pass over the row beyond the sum
+        top = row.max()
+        return {token_id: float(row[token_id] - top) - math.log(float(np.exp(row - top).sum(dtype=np.float64)))}
     values = log_softmax(row)
     wanted = {token_id: float(values[token_id])}
-    if count > 0:
-        count = min(count, len(values))
-        best = np.argpartition(-values, count - 1)[:count]
-        wanted.update({int(i): float(values[i]) for i in best[np.argsort(-values[best], kind="stable")]})
+    count = min(count, len(values))
+    best = np.argpartition(-values, count - 1)[:count]
+    wanted.update({int(i): float(values[i]) for i in best[np.argsort(-values[best], kind="stable")]})
     return wanted
 
 

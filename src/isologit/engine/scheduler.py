@@ -132,6 +132,16 @@ class Scheduler:
             if self.proposer is not None:
                 self.proposer.forget(seq)
 
+    def drop_running(self) -> list[Sequence]:
+        """End every running sequence with reason "error", as after a step that was not completed.
+
+        Cached prefixes stay: a block is registered only once the step that computed it was committed.
+        """
+        dropped = list(self._running.values())
+        for seq in dropped:
+            self.finish(seq, "error")
+        return dropped
+
     def take_finished(self) -> list[Sequence]:
         """Sequences that finished without a step (an empty replay) and that no `commit` has returned yet."""
         finished, self._unreported = self._unreported, []

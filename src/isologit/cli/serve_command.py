@@ -1,0 +1,114 @@
+"""`isologit serve`: options and the contest's YAML in, a server out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from isologit.cli.exits import reporting_errors
+from isologit.errors import ConfigError
+
+_MODEL = "What is served"
+_NETWORK = "Where"
+_LIMITS = "Limits"
+_ENGINE = "How it runs"
+
+_DEFAULT_HOST, _DEFAULT_PORT = "127.0.0.1", 8835
+
+
+def _option(panel: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **more)
+
+
+def serve_command(
+    model: Annotated[
+        str | None, _option(_MODEL, metavar="DIR|FILE|PRESET", help="As for run. Default: the built-in demo model.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, _option(_MODEL, metavar="DIR|FILE", help="Tokenizer, when the model's folder has none.")
+    ] = None,
+    load_format: Annotated[
+        Literal["auto", "dummy"], _option(_MODEL, help="dummy: seeded random weights of the model's shape.")
+    ] = "auto",
+    qkv_layout: Annotated[
+        Literal["concat", "interleaved"] | None,
+        _option(_MODEL, help="Layout of fused matrices in a MindFormers checkpoint."),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, _option(_MODEL, metavar="NAME", help="Name that clients send. Default: the folder's.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        _option(_MODEL, metavar="YAML", help="The contest's server YAML; options given here overrule it."),
+    ] = None,
+    host: Annotated[str | None, _option(_NETWORK, metavar="ADDRESS", help="Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, _option(_NETWORK, "--port", "-P", metavar="N", help="Default: 8835.")] = None,
+    api_key: Annotated[
+        str | None,
+        _option(_NETWORK, metavar="KEY", envvar="ISOLOGIT_API_KEY", help="Clients must send it as a bearer token."),
+    ] = None,
+    max_queue: Annotated[
+        int, _option(_LIMITS, metavar="N", help="Requests that may wait; more are answered with 429.")
+    ] = 4096,
+    max_model_len: Annotated[
+        int | None, _option(_LIMITS, metavar="N", help="Prompt and answer of a request. Default: the model's context.")
+    ] = None,
+    max_body_bytes: Annotated[int, _option(_LIMITS, metavar="N", help="Larger bodies are answered with 413.")] = 4
+    << 20,
+    request_timeout: Annotated[
+        float | None, _option(_LIMITS, metavar="S", help="Longest time for an answer. Default: none.")
+    ] = None,
+    max_num_seqs: Annotated[int | None, _option(_ENGINE, metavar="N", help="Requests running at once [128].")] = None,
+    max_num_batched_tokens: Annotated[int | None, _option(_ENGINE, metavar="N", help="Tokens of a step [512].")] = None,
+    enable_prefix_caching: Annotated[
+        bool, _option(_ENGINE, show_default=False, help="Compute a beginning that prompts share only once (on).")
+    ] = True,
+    speculative_tokens: Annotated[
+        int, _option(_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition.")
+    ] = 8,
+    threads: Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")] = None,
+    strict_contest: Annotated[
+        bool,
+        _option(_ENGINE, "--strict-contest", help="Copy the quirks of the contest's server that clients can see."),
+    ] = False,
+) -> None:
+    """Put a model behind HTTP: the contest's llm-serving API, OpenAI's and TGI's.
+
+    Exit code 0: stopped after answering everything it took, 1: the engine could not go on, 2: something must be
+    changed first.
+    """
+    with reporting_errors():
+        from isologit.server.contest_config import ContestConfig, load_contest_config
+        from isologit.server.run import ServerOptions, serve
+
+        asked = ContestConfig() if config is None else load_contest_config(config)
+        for line in asked.ignored:
+            print(f"{config}: {line}", file=sys.stderr)
+        if speculative_tokens < 0:
+            raise ConfigError(f"--speculative-tokens must be at least 0, not {speculative_tokens}")
+        code = serve(
+            ServerOptions(
+                model=model or (None if asked.model is None else str(asked.model)),
+                tokenizer=tokenizer or asked.tokenizer,
+                load_format=load_format,
+                qkv_layout=qkv_layout,
+                served_model_name=served_model_name or asked.name,
+                host=host or asked.host or _DEFAULT_HOST,
+                port=next(p for p in (port, asked.port, _DEFAULT_PORT) if p is not None),
+                api_key=api_key,
+                max_num_seqs=max_num_seqs or asked.max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=max_model_len or asked.max_model_len,
+                num_speculative_tokens=speculative_tokens,
+                enable_prefix_caching=enable_prefix_caching,
+                num_threads=threads,
+                max_queue=max_queue,
+                max_body_bytes=max_body_bytes,
+                request_timeout_s=request_timeout,
+                strict_contest=strict_contest,
+            )
+        )
+    raise typer.Exit(code)

@@ -1,0 +1,380 @@
+"""OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, whole and streamed.
+
+Fields that would change an answer and are not implemented are refused, never ignored. Extensions carry vLLM's names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
+from isologit.errors import RequestError
+from isologit.server.engine_thread import EngineFailedError
+from isologit.server.service import Piece, Service, Token, unless_gone
+
+_DONE = "data: [DONE]\n\n"
+_MOST_CHOICES = 128
+_DEFAULT_TOKENS = 16
+
+
+class UnknownModelError(RequestError):
+    """The server has no model of that name."""
+
+
+class StreamOptions(BaseModel):
+    """What a stream also tells."""
+
+    include_usage: bool = False
+
+
+class _Common(BaseModel):
+    """Fields of both kinds of request."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+    temperature: float | None = Field(default=None, ge=0, le=1e4)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    n: int | None = Field(default=None, ge=1, le=_MOST_CHOICES)
+    seed: int | None = Field(default=None, ge=0)
+    stop: str | list[str] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    top_k: int | None = Field(default=None, ge=-1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    min_tokens: int = Field(default=0, ge=0)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    ignore_eos: bool = False
+
+    def refuse_unsupported(self) -> None:
+        """Raises RequestError for fields that would have to change the answer."""
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise RequestError(f"{name} is not supported; leave it out")
+
+    def sampling_params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """The engine's form; OpenAI samples at temperature 1 unless told otherwise."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            seed=self.seed,
+            stop=tuple(stop for stop in stops if stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            logprobs=logprobs,
+        )
+
+
+class CompletionRequest(_Common):
+    """The body of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(default=None, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool | None = False
+    suffix: str | None = None
+    best_of: int | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry for each prompt. Raises RequestError when there is none."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise RequestError("prompt is an empty list; give at least one prompt")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class Message(BaseModel):
+    """One message of a conversation; content may be parts of text."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def flat(self) -> dict[str, Any]:
+        """With its parts joined. Raises RequestError for parts that are not text."""
+        content = self.content or ""
+        if not isinstance(content, str):
+            if any(not isinstance(part.get("text"), str) for part in content):
+                raise RequestError("only parts of type text are supported in a message's content")
+            content = "".join(part["text"] for part in content)
+        return {**self.model_dump(), "content": content}
+
+
+class ChatRequest(_Common):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+@dataclass
+class _Style:
+    """How completions and chat differ: names, and the shape of a choice whole and in part."""
+
+    prefix: str
+    whole_object: str
+    part_object: str
+    whole: Callable[[str, list[Token], bool], dict[str, Any]]
+    part: Callable[[str, Sequence[Token], bool, int], dict[str, Any]]
+    first: dict[str, Any] | None = None  # what the first part of a choice says
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["openai"], prefix="/v1")
+
+    def check(asked: _Common) -> None:
+        if asked.model not in service.names:
+            raise UnknownModelError(f"the model {asked.model!r} does not exist; this server has {service.names[0]}")
+        asked.refuse_unsupported()
+
+    @routes.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service, name) for name in service.names]}
+
+    @routes.get("/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in service.names:
+            raise UnknownModelError(f"the model {name!r} does not exist; this server has {service.names[0]}")
+        return _model(service, name)
+
+    @routes.post("/completions")
+    async def completions(asked: CompletionRequest, http: Request) -> Response:
+        check(asked)
+        if asked.echo or asked.suffix or (asked.best_of or 1) > (asked.n or 1):
+            raise RequestError("echo, suffix and best_of above n are not supported; leave them out")
+        params = asked.sampling_params(asked.max_tokens or _DEFAULT_TOKENS, asked.logprobs)
+        return await _answer(service, http, asked, asked.prompts(), params, _completion_style(service))
+
+    @routes.post("/chat/completions")
+    async def chat(asked: ChatRequest, http: Request) -> Response:
+        check(asked)
+        if asked.tools or (asked.response_format or {}).get("type", "text") != "text":
+            raise RequestError("tools and response_format are not supported; leave them out")
+        text = service.tokenizer.apply_chat_template([message.flat() for message in asked.messages])
+        ids = service.tokenizer.encode_without_bos(text)
+        room = service.limits.max_model_len - len(ids)
+        max_tokens = asked.max_completion_tokens or asked.max_tokens or max(1, room)
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        return await _answer(
+            service, http, asked, [ids], asked.sampling_params(max_tokens, logprobs), _chat_style(service)
+        )
+
+    return routes
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "isologit",
+        "max_model_len": service.limits.max_model_len,
+    }
+
+
+async def _answer(
+    service: Service,
+    http: Request,
+    asked: _Common,
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams,
+    style: _Style,
+) -> Response:
+    count = asked.n or 1
+    requests = []
+    for prompt in prompts:
+        for number in range(count):
+            seed = None if params.seed is None else params.seed + number
+            requests.append(service.request(prompt, replace(params, seed=seed)))
+    service.check_capacity(len(requests))
+    head = {"id": f"{style.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
+    if asked.stream:
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        events = _events(service, requests, count, head, style, params.logprobs is not None, usage)
+        return StreamingResponse(events, media_type="text/event-stream")
+    found = await unless_gone(http, _gather(service, requests))
+    choices = [
+        {
+            "index": i,
+            **style.whole(output.text, tokens, params.logprobs is not None),
+            "finish_reason": output.finish_reason,
+        }
+        for i, (tokens, output) in enumerate(found)
+    ]
+    usage_of = _usage(requests, count, sum(len(output.token_ids) for _, output in found))
+    return JSONResponse({**head, "object": style.whole_object, "choices": choices, "usage": usage_of})
+
+
+async def _gather(service: Service, requests: Sequence[GenerationRequest]) -> list[tuple[list[Token], RequestOutput]]:
+    async def one(request: GenerationRequest) -> tuple[list[Token], RequestOutput]:
+        tokens: list[Token] = []
+        async for piece in service.stream(request):
+            tokens += piece.tokens
+            if piece.output is not None:
+                return tokens, piece.output
+        raise EngineFailedError("the answer ended early")
+
+    tasks = [asyncio.create_task(one(request)) for request in requests]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _usage(requests: Sequence[GenerationRequest], count: int, output_tokens: int) -> dict[str, int]:
+    """Prompt tokens count once, however many answers they get."""
+    prompt_tokens = sum(len(request.prompt_token_ids) for request in requests[::count])
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }
+
+
+async def _events(
+    service: Service,
+    requests: Sequence[GenerationRequest],
+    count: int,
+    head: dict[str, Any],
+    style: _Style,
+    logprobs: bool,
+    include_usage: bool,
+) -> AsyncIterator[str]:
+    """One event for what a step brought a choice, then the usage, then [DONE]."""
+    head = {**head, "object": style.part_object}
+    if include_usage:
+        head["usage"] = None
+
+    def event(index: int, choice: dict[str, Any], reason: str | None) -> str:
+        choices = [{"index": index, **choice, "finish_reason": reason}]
+        return f"data: {json.dumps({**head, 'choices': choices}, ensure_ascii=False)}\n\n"
+
+    output_tokens = 0
+    offsets = [0] * len(requests)
+    try:
+        if style.first is not None:
+            for index in range(len(requests)):
+                yield event(index, style.first, None)
+        async for index, piece in _merged(service, requests):
+            output_tokens += len(piece.tokens)
+            reason = None if piece.output is None else piece.output.finish_reason
+            if piece.text or reason is not None or logprobs:
+                yield event(index, style.part(piece.text, piece.tokens, logprobs, offsets[index]), reason)
+            offsets[index] += len(piece.text)
+        if include_usage:
+            usage = _usage(requests, count, output_tokens)
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
+    except EngineFailedError as error:
+        body = {"message": str(error), "type": "internal_error", "param": None, "code": 500}
+        yield f"data: {json.dumps({'error': body})}\n\n"
+    yield _DONE
+
+
+async def _merged(service: Service, requests: Sequence[GenerationRequest]) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of all requests as they come."""
+    if len(requests) == 1:
+        async for piece in service.stream(requests[0]):
+            yield 0, piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue()
+
+    async def pump(index: int, request: GenerationRequest) -> None:
+        try:
+            async for piece in service.stream(request):
+                queue.put_nowait((index, piece))
+        except EngineFailedError as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
+    try:
+        unfinished = len(requests)
+        while unfinished:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            unfinished -= item[1].output is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _completion_style(service: Service) -> _Style:
+    def logprobs_of(tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+        shown: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            best = token.logprobs or {}
+            shown["tokens"].append(_name(service, token.id))
+            shown["token_logprobs"].append(best.get(token.id))
+            shown["top_logprobs"].append({_name(service, i): value for i, value in best.items()})
+            shown["text_offset"].append(offset)
+            offset += len(token.text)
+        return shown
+
+    def part(text: str, tokens: Sequence[Token], wanted: bool, offset: int) -> dict[str, Any]:
+        return {"text": text, "logprobs": logprobs_of(tokens, offset) if wanted else None}
+
+    return _Style(
+        "cmpl", "text_completion", "text_completion", lambda text, tokens, wanted: part(text, tokens, wanted, 0), part
+    )
+
+
+def _chat_style(service: Service) -> _Style:
+    def entry(token_id: int, value: float) -> dict[str, Any]:
+        name = _name(service, token_id)
+        return {"token": name, "logprob": value, "bytes": list(name.encode())}
+
+    def logprobs_of(tokens: Sequence[Token]) -> dict[str, Any]:
+        shown = []
+        for token in tokens:
+            best = token.logprobs or {}
+            others = [entry(i, value) for i, value in best.items()]
+            shown.append({**entry(token.id, best.get(token.id, 0.0)), "top_logprobs": others})
+        return {"content": shown}
+
+    def whole(text: str, tokens: list[Token], wanted: bool) -> dict[str, Any]:
+        return {
+            "message": {"role": "assistant", "content": text},
+            "logprobs": logprobs_of(tokens) if wanted else None,
+        }
+
+    def part(text: str, tokens: Sequence[Token], wanted: bool, offset: int) -> dict[str, Any]:
+        return {"delta": {"content": text}, "logprobs": logprobs_of(tokens) if wanted else None}
+
+    first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+    return _Style("chatcmpl", "chat.completion", "chat.completion.chunk", whole, part, first)
+
+
+def _name(service: Service, token_id: int) -> str:
+    """A token's text where other text stands before it; special tokens have none."""
+    return service.tokenizer.inner_text([token_id])

@@ -1,0 +1,155 @@
+"""A server from options to exit code: load, bind, serve, drain. Owns the process's signals while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from isologit.errors import ConfigError, ModelError
+from isologit.llm import LLM
+from isologit.server.app import create_app
+from isologit.server.engine_thread import AsyncEngine
+from isologit.server.metrics import ServerMetrics
+from isologit.server.service import Limits, Service
+
+_CONTEST_NAMES = ("llama2", "internlm")  # paths the contest's clients post to
+_LAST_WORDS_S = 1.0  # for answers that say why, before a failed server leaves
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What `isologit serve` can be told. model: None is the built-in demo model. port: 0 takes any free one."""
+
+    model: str | None = None
+    tokenizer: Path | None = None
+    load_format: str = "auto"
+    qkv_layout: str | None = None
+    served_model_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8835
+    api_key: str | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    num_speculative_tokens: int = 0
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None
+    seed: int = 0
+    max_queue: int = 4096
+    max_body_bytes: int = 4 << 20
+    request_timeout_s: float | None = None
+    strict_contest: bool = False
+
+
+def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
+    """The engine and its rules. Raises ModelError when the model has no tokenizer, ConfigError for bad limits."""
+    if llm.tokenizer is None:
+        raise ModelError("the model has no tokenizer, and a server needs one; name it with --tokenizer")
+    length = options.max_model_len or llm.max_model_len
+    if not 1 < length <= llm.max_model_len:
+        raise ConfigError(f"max_model_len must be between 2 and the model's context of {llm.max_model_len}")
+    for field in ("max_queue", "max_body_bytes"):
+        if getattr(options, field) < 1:
+            raise ConfigError(f"{field} must be at least 1, not {getattr(options, field)}")
+    if options.request_timeout_s is not None and not options.request_timeout_s > 0:
+        raise ConfigError(f"request_timeout_s must be above 0, not {options.request_timeout_s}")
+    return Service(
+        engine=AsyncEngine(llm.open_loop()),
+        tokenizer=llm.tokenizer,
+        config=llm.config,
+        names=list(dict.fromkeys([name, *_CONTEST_NAMES])),
+        limits=Limits(length, options.max_queue, options.max_body_bytes, options.request_timeout_s),
+        metrics=ServerMetrics(name),
+        strict_contest=options.strict_contest,
+        api_key=options.api_key,
+    )
+
+
+def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> int:
+    """Serve until told to stop; returns the exit code: 0 after draining, 1 when the engine could not go on.
+
+    Raises UserError for what the user must change, before anything is served.
+    """
+    from isologit.workload import demo_model_path
+
+    listener = _bind(options.host, options.port)
+    name = options.served_model_name or (Path(options.model).name if options.model else "isologit-demo")
+    say("loading the model ...")
+    llm = LLM(
+        demo_model_path() if options.model is None else options.model,
+        tokenizer=options.tokenizer,
+        load_format=options.load_format,
+        qkv_layout=options.qkv_layout,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        enable_prefix_caching=options.enable_prefix_caching,
+        speculative_config=(
+            {"num_speculative_tokens": options.num_speculative_tokens} if options.num_speculative_tokens else None
+        ),
+        num_threads=options.num_threads,
+        seed=options.seed,
+    )
+    try:
+        service = make_service(llm, options, name)
+        say("warming up ...")
+        llm.warm_up()
+        server = _Server(service)
+        host, port = listener.getsockname()[:2]
+        say(f"serving {name} on http://{host}:{port} (llm-serving, OpenAI and TGI; /docs lists everything)")
+        server.run(sockets=[listener])
+        return 0 if service.engine.failed is None else 1
+    finally:
+        llm.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port must be between 0 and 65535, not {port}")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+        ) from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but the first signal drains and the second leaves at once."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        app = create_app(service, on_failure=self._failed)
+        super().__init__(
+            uvicorn.Config(app, log_level="warning", access_log=False, backlog=4096, timeout_keep_alive=30)
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: answer what was taken, refuse what is new, then leave. Second: leave."""
+        if self._service.draining:
+            os._exit(130)
+        self._service.draining = True
+        asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        while self._service.engine.num_unfinished:
+            await asyncio.sleep(_POLL_S)
+        self.should_exit = True
+
+    def _failed(self) -> None:
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._leave)
+
+    def _leave(self) -> None:
+        self.should_exit = self.force_exit = True
