@@ -81,7 +81,7 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
     """
     from isologit.workload import demo_model_path
 
-    listener = _bind(options.host, options.port)
+    listener = bind(options.host, options.port)
     name = options.served_model_name or (Path(options.model).name if options.model else "isologit-demo")
     say("loading the model ...")
     llm = LLM(
@@ -102,7 +102,7 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
         service = make_service(llm, options, name)
         say("warming up ...")
         llm.warm_up()
-        server = _Server(service)
+        server = Server(service)
         host, port = listener.getsockname()[:2]
         say(f"serving {name} on http://{host}:{port} (llm-serving, OpenAI and TGI; /docs lists everything)")
         server.run(sockets=[listener])
@@ -111,7 +111,8 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
         llm.close()
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """A socket to listen on; port 0 takes a free one. Raises ConfigError when the address cannot be had."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"port must be between 0 and 65535, not {port}")
     try:
@@ -126,7 +127,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn, but the first signal drains and the second leaves at once."""
 
     def __init__(self, service: Service) -> None:
