@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import requests
-from tests.server.live_server import Running
+from tests.server.conftest import Running
 
 from isologit import SamplingParams
 from isologit.server.llm_serving import Parameters, sampling_params
