@@ -112,11 +112,13 @@ class Service:
                         raise EngineFailedError(delta.error)
                     if delta.token_ids:
                         watch.tokens(len(delta.token_ids))
-                    texts = [feed.push(token_id) for token_id in delta.token_ids]
+                    if delta.output is not None and request.params.stop:
+                        texts = [""] * len(delta.token_ids)  # NOTE: the last tokens' text may reach past the stop
+                    else:
+                        texts = [feed.push(token_id) for token_id in delta.token_ids]
                     if delta.output is not None:
-                        rest = feed.rest(delta.output.text)
                         if texts:
-                            texts[-1] += rest
+                            texts[-1] += feed.rest(delta.output.text)
                         watch.finished(delta.output.finish_reason)
                     logprobs: Sequence[dict[int, float] | None] = delta.logprobs or [None] * len(texts)
                     tokens = [Token(*parts) for parts in zip(delta.token_ids, texts, logprobs, strict=True)]
