@@ -106,7 +106,7 @@ class EngineLoop:
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request; its blocks come back at once. None if it is not here."""
         seq = self.scheduler.abort(request_id)
-        return None if seq is None else self._output(seq)
+        return None if seq is None else self._hand_out([seq])[0]
 
     @property
     def gains(self) -> list[Gain]:
@@ -121,12 +121,13 @@ class EngineLoop:
         ]
 
     def drop_running(self) -> list[str]:
-        """Give up what was running when a step raised; returns the ids of the requests."""
-        dropped = self.scheduler.drop_running()
-        for seq in dropped:
-            self.runner.forget(seq.request.request_id)
-            del self._progress[seq.request.request_id]
-        return [seq.request.request_id for seq in dropped]
+        """Give up what ran, or had just finished, when a step raised; returns the ids of the requests."""
+        self.scheduler.drop_running()
+        lost = [request_id for request_id in self._progress if not self.scheduler.is_live(request_id)]
+        for request_id in lost:
+            self.runner.forget(request_id)
+            del self._progress[request_id]
+        return lost
 
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
@@ -139,7 +140,7 @@ class EngineLoop:
         scheduled = self.now()
         self._gained = []
         if plan is None:
-            return [self._output(seq) for seq in self.scheduler.take_finished()]
+            return self._hand_out(self.scheduler.take_finished())
         for scheduled_seq in plan.sequences:
             if scheduled_seq.seq.scheduled_s is None:
                 scheduled_seq.seq.scheduled_s = scheduled
@@ -178,7 +179,7 @@ class EngineLoop:
                 accepted,
             )
         )
-        return [self._output(seq) for seq in finished]
+        return self._hand_out(finished)
 
     def _choose(self, scheduled: ScheduledSequence, result: StepResult, row: int) -> list[int]:
         count = scheduled.num_logits
@@ -239,10 +240,17 @@ class EngineLoop:
                 stopped.append(seq)
         return stopped
 
+    def _hand_out(self, finished: list[Sequence]) -> list[RequestOutput]:
+        """NOTE: what these requests hold here goes only once all outputs exist, so that `drop_running` finds them."""
+        outputs = [self._output(seq) for seq in finished]
+        for output in outputs:
+            self.runner.forget(output.request_id)
+            del self._progress[output.request_id]
+        return outputs
+
     def _output(self, seq: Sequence) -> RequestOutput:
         request = seq.request
-        self.runner.forget(request.request_id)
-        progress = self._progress.pop(request.request_id)
+        progress = self._progress[request.request_id]
         token_ids = seq.output_token_ids
         text = self.tokenizer.decode(token_ids) if self.tokenizer is not None else ""
         cuts = [text.find(stop) for stop in request.params.stop if stop in text]

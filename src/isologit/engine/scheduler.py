@@ -86,6 +86,10 @@ class Scheduler:
         """Whether another `schedule` has anything to do."""
         return bool(self._running or self._waiting or self._unreported)
 
+    def is_live(self, request_id: str) -> bool:
+        """Whether a request waits or runs, or finished without a step and was not handed out yet."""
+        return request_id in self._live
+
     def add(self, seq: Sequence) -> None:
         """Put a sequence at the end of the queue. Raises RequestError if it can never run or its id is in use."""
         request = seq.request
