@@ -49,7 +49,7 @@ def choose_token(
         values = logits[seen]
         logits[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if num_output_tokens < params.min_tokens:
-        logits[[*eos_token_ids, *params.stop_token_ids]] = -np.inf
+        logits[[token for token in (*eos_token_ids, *params.stop_token_ids) if token < len(logits)]] = -np.inf
     if params.greedy:
         return int(logits.argmax())
     logits /= params.temperature
