@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 
 from isologit.config.model_config import read_json_object
-from isologit.errors import ModelError
+from isologit.errors import ModelError, RequestError
 from isologit.model.chat import ChatTemplate
 
 DUMMY_SOURCE = Path("<dummy>")  # stands for the folder of a checkpoint that comes from no file
@@ -42,12 +42,20 @@ class Tokenizer(ABC):
     _chat_template: ChatTemplate
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, the begin token first if the model uses one, no end token."""
+        """Token ids of `text`, the begin token first if the model uses one, no end token.
+
+        Raises RequestError for text with lone surrogates, which JSON can write and no encoding holds.
+        """
         return self._prefix + self.encode_without_bos(text)
 
-    @abstractmethod
     def encode_without_bos(self, text: str) -> list[int]:
         """Token ids of `text` alone. Special tokens written out in the text (`</s>`) become their ids."""
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise RequestError("the text is not valid Unicode (it holds a lone surrogate); send whole characters")
+        return self._encode(text)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of the ids. Special tokens and ids outside the vocabulary are skipped."""
@@ -123,7 +131,7 @@ class SentencePieceTokenizer(Tokenizer):
         names = {f"{name}_token": pieces[i] for name, i in (("bos", sp.bos_id()), ("eos", sp.eos_id())) if i >= 0}
         self._chat_template = ChatTemplate(file.parent, config, names)
 
-    def encode_without_bos(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in self._split.split(text):
             if part in self._special:
@@ -176,7 +184,7 @@ class JsonTokenizer(Tokenizer):
         found = (self._inner.token_to_id(name) for name in usual)
         return next((i for i in found if i in self.special_token_ids), None)
 
-    def encode_without_bos(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def _decode(self, token_ids: list[int]) -> str:
