@@ -19,12 +19,13 @@ from isologit import __version__
 from isologit.errors import ModelError, RequestError
 from isologit.server import llm_serving, openai_api, tgi
 from isologit.server.engine_thread import EngineFailedError, QueueFullError
-from isologit.server.openai_api import UnknownModelError
-from isologit.server.service import ClientGoneError, RequestTimeoutError, Service
+from isologit.server.service import ClientGoneError, RequestTimeoutError, Service, UnknownModelError
 
 _OPEN_PATHS = frozenset({"/health"})  # no key is needed to see whether the server lives
 _RETRY_AFTER_S = "1"
 _CLIENT_CLOSED = 499
+_TGI_STATUSES = {400: 422, 500: 424}  # ours: theirs
+_TGI_KINDS = {401: "authentication", 404: "not_found", 424: "generation", 429: "overloaded"}
 
 
 def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> FastAPI:
@@ -78,9 +79,6 @@ def _handle_errors(app: FastAPI) -> None:
 
 def _error(path: str, status: int, message: str) -> Response:
     """An error in the form of the dialect the path belongs to."""
-    kind = {404: "not_found", 401: "authentication", 429: "overloaded"}.get(
-        status, "validation" if status < 500 else "generation"
-    )
     headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
     body: dict[str, Any]
     if path.startswith("/v1/"):
@@ -89,7 +87,8 @@ def _error(path: str, status: int, message: str) -> Response:
     elif path.startswith("/models/"):
         body = {"detail": message}
     else:
-        body = {"error": message, "error_type": kind}
+        status = _TGI_STATUSES.get(status, status)
+        body = {"error": message, "error_type": _TGI_KINDS.get(status, "validation" if status < 500 else "generation")}
     return JSONResponse(body, status, headers)
 
 

@@ -2,7 +2,7 @@
 
 Booleans may be the strings "True" and "False"; unknown parameters are ignored. Streams are bare JSON lines, as the
 contest's client reads them, or standard events for a client that accepts `text/event-stream`. No line is ever sent
-that is not part of an answer.
+that is not part of an answer, and lines are ASCII: clients that split text into lines also split at U+2028 and U+0085.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from isologit.engine.request import GenerationRequest, SamplingParams
-from isologit.errors import RequestError
+from isologit import __version__
+from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.server.engine_thread import EngineFailedError
 from isologit.server.service import Service, Token
 
@@ -26,23 +26,23 @@ _OUT_OF_RANGE = ("Error202: prompt out of range", "prompt_out_of_range")
 _EMPTY = ("Error203: prompt token empty", "prompt_token_ids_empty")
 _FAILED = ("error304: generation task stop abnormally!, please retry!", "predict_failed")
 _MOST_TOP_K = 100
-_REASONS = {"stop": "eos"}  # ours: theirs
+_THEIR_VERSION = "2.3"
 
 
 class Parameters(BaseModel):
     """What a client may ask for; None takes the default."""
 
-    model_config = ConfigDict(extra="ignore", coerce_numbers_to_str=False)
+    model_config = ConfigDict(extra="ignore")
 
     do_sample: bool | None = None
     max_new_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = None
     return_full_text: bool | None = True
     return_protocol: str | None = "sse"
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = None
     stop: list[str] | None = None
 
 
@@ -83,18 +83,19 @@ def router(service: Service) -> APIRouter:
     @routes.get("/serving/get_serverd_model_info")
     async def get_serverd_model_info() -> Response:
         slots, length = service.engine.engine.scheduler.config.max_num_seqs, service.limits.max_model_len
+        strict = service.strict_contest
         return _event(
             {
                 "docker_label": None,
                 "max_batch_total_tokens": slots * length,
-                "max_concurrent_requests": service.engine.num_waiting,
+                "max_concurrent_requests": service.engine.num_waiting if strict else service.limits.max_queue,
                 "max_input_length": length,
-                "max_total_tokens": slots if service.strict_contest else length,
+                "max_total_tokens": slots if strict else length,
                 "model_device_type": "CPU",
                 "model_dtype": service.config.dtype,
                 "model_id": service.names[0],
                 "model_pipeline_tag": "text-generation",
-                "version": "2.3",
+                "version": _THEIR_VERSION if strict else __version__,
             }
         )
 
@@ -107,9 +108,8 @@ def _event(data: Any) -> Response:
 
 
 def _request(service: Service, model: str, body: ClientRequest) -> GenerationRequest | tuple[str, str]:
-    """A request that can run, or the text and reason of its refusal. Raises RequestError for an unknown model."""
-    if model not in service.names:
-        raise RequestError(f"there is no model {model!r}; this server has {', '.join(service.names)}")
+    """A request that can run, or the text and reason of its refusal. Raises UnknownModelError."""
+    service.check_model(model)
     params = sampling_params(body.parameters or Parameters(), service.config.vocab_size, service.strict_contest)
     ids = service.tokenizer.encode(body.inputs)
     if (not body.inputs and not service.strict_contest) or service.config.pad_token_id in ids:
@@ -120,7 +120,10 @@ def _request(service: Service, model: str, body: ClientRequest) -> GenerationReq
 
 
 def sampling_params(asked: Parameters, vocab_size: int, strict: bool) -> SamplingParams:
-    """Defaults and clamps of the contest's server. strict: sample unless told otherwise, apply no penalty or stop."""
+    """Defaults and clamps of the contest's server. strict: sample unless told otherwise; no penalty, seed or stop.
+
+    Raises RequestError for a seed or a penalty that means nothing.
+    """
     temperature = 1.0 if asked.temperature is None else asked.temperature
     sample = strict if asked.do_sample is None else asked.do_sample
     if not 1e-5 < temperature <= 65536:
@@ -131,7 +134,7 @@ def sampling_params(asked: Parameters, vocab_size: int, strict: bool) -> Samplin
         max_tokens=300 if asked.max_new_tokens is None else asked.max_new_tokens,
         temperature=temperature if sample else 0.0,
         top_k=min(top_k, _MOST_TOP_K) if 0 < top_k < vocab_size else 1,
-        top_p=0.01 if not top_p >= 0.01 else min(top_p, 1.0),
+        top_p=top_p if 0 < top_p <= 1 else 1.0 if top_p > 1 else 0.01,
         repetition_penalty=1.0 if strict or asked.repetition_penalty is None else asked.repetition_penalty,
         seed=None if strict else asked.seed,
         stop=() if strict else tuple(stop for stop in asked.stop or () if stop),
@@ -169,16 +172,19 @@ async def _whole(service: Service, model: str, body: ClientRequest, http: Reques
         return JSONResponse(_answer(*_FAILED, [], 0))
     text = output.text
     if service.strict_contest:
-        found, text = _without_last(found, output.finish_reason)
-    reason = _REASONS.get(output.finish_reason, output.finish_reason)
-    return JSONResponse(_answer(text, reason, [_token(token) for token in found], request.params.seed or 0))
+        found = _without_last_text(found)
+        text = "".join(token.text for token in found)
+    return JSONResponse(_answer(text, _reason(output), [_token(token) for token in found], request.params.seed or 0))
 
 
-def _without_last(tokens: list[Token], reason: str) -> tuple[list[Token], str]:
-    """What the contest's server sends of an answer that ended by length: the last token without its text."""
-    if reason == "length" and tokens:
-        tokens = [*tokens[:-1], Token(tokens[-1].id, "", tokens[-1].logprobs)]
-    return tokens, "".join(token.text for token in tokens)
+def _without_last_text(tokens: list[Token]) -> list[Token]:
+    """A finished answer as the contest's server sends it: whatever the last token made certain is lost."""
+    return [*tokens[:-1], *(Token(token.id, "", token.logprobs) for token in tokens[-1:])]
+
+
+def _reason(output: RequestOutput) -> str:
+    """The contest's word for the end of an answer; stop strings, which its server ignores, end with "stop"."""
+    return "eos" if output.finish_reason == "stop" and output.stop_reason is None else output.finish_reason
 
 
 def _streamed(service: Service, model: str, body: ClientRequest, http: Request) -> Response:
@@ -197,7 +203,7 @@ def _streamed(service: Service, model: str, body: ClientRequest, http: Request) 
     async def encoded() -> AsyncIterator[str]:
         async for inner in lines:
             line = {"event": "message", "retry": _RETRY_MS, "data": [inner]} if enclose else inner
-            yield wrap.format(json.dumps(line, ensure_ascii=False))
+            yield wrap.format(json.dumps(line))
 
     return StreamingResponse(encoded(), media_type=_EVENT_STREAM)
 
@@ -213,9 +219,8 @@ async def _lines(
     try:
         async for piece in service.stream(request):
             new = list(piece.tokens)
-            reason = piece.output.finish_reason if piece.output is not None else ""
-            if service.strict_contest:
-                new, _ = _without_last(new, reason)
+            if service.strict_contest and piece.output is not None:
+                new = _without_last_text(new)
             tokens += new
             for token in new:
                 shown = _token(token)
@@ -223,6 +228,6 @@ async def _lines(
             if piece.output is not None and full:
                 text = "".join(token.text for token in tokens)
                 shown_tokens = [_token(token) for token in tokens]
-                yield _answer(text, _REASONS.get(reason, reason), shown_tokens, request.params.seed or 0)
+                yield _answer(text, _reason(piece.output), shown_tokens, request.params.seed or 0)
     except EngineFailedError:
         yield _answer(*_FAILED, [], 0)

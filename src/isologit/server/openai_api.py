@@ -1,6 +1,7 @@
 """OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, whole and streamed.
 
 Fields that would change an answer and are not implemented are refused, never ignored. Extensions carry vLLM's names.
+Streams are ASCII: some clients also split lines at U+2028.
 """
 
 from __future__ import annotations
@@ -25,10 +26,6 @@ from isologit.server.service import Piece, Service, Token, unless_gone
 _DONE = "data: [DONE]\n\n"
 _MOST_CHOICES = 128
 _DEFAULT_TOKENS = 16
-
-
-class UnknownModelError(RequestError):
-    """The server has no model of that name."""
 
 
 class StreamOptions(BaseModel):
@@ -136,13 +133,16 @@ class ChatRequest(_Common):
 
 @dataclass
 class _Style:
-    """How completions and chat differ: names, and the shape of a choice whole and in part."""
+    """How completions and chat differ: names, and the shape of a choice whole and in part.
+
+    Both shapes take the text, its tokens and how many most likely tokens to show beside each (None: no logprobs).
+    """
 
     prefix: str
     whole_object: str
     part_object: str
-    whole: Callable[[str, list[Token], bool], dict[str, Any]]
-    part: Callable[[str, Sequence[Token], bool, int], dict[str, Any]]
+    whole: Callable[[str, list[Token], int | None], dict[str, Any]]
+    part: Callable[[str, Sequence[Token], int | None, int], dict[str, Any]]
     first: dict[str, Any] | None = None  # what the first part of a choice says
 
 
@@ -151,18 +151,16 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["openai"], prefix="/v1")
 
     def check(asked: _Common) -> None:
-        if asked.model not in service.names:
-            raise UnknownModelError(f"the model {asked.model!r} does not exist; this server has {service.names[0]}")
+        service.check_model(asked.model)
         asked.refuse_unsupported()
 
     @routes.get("/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(service, name) for name in service.names]}
 
-    @routes.get("/models/{name}")
+    @routes.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name not in service.names:
-            raise UnknownModelError(f"the model {name!r} does not exist; this server has {service.names[0]}")
+        service.check_model(name)
         return _model(service, name)
 
     @routes.post("/completions")
@@ -218,13 +216,13 @@ async def _answer(
     head = {"id": f"{style.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        events = _events(service, requests, count, head, style, params.logprobs is not None, usage)
+        events = _events(service, requests, count, head, style, params.logprobs, usage)
         return StreamingResponse(events, media_type="text/event-stream")
     found = await unless_gone(http, _gather(service, requests))
     choices = [
         {
             "index": i,
-            **style.whole(output.text, tokens, params.logprobs is not None),
+            **style.whole(output.text, tokens, params.logprobs),
             "finish_reason": output.finish_reason,
         }
         for i, (tokens, output) in enumerate(found)
@@ -266,7 +264,7 @@ async def _events(
     count: int,
     head: dict[str, Any],
     style: _Style,
-    logprobs: bool,
+    logprobs: int | None,
     include_usage: bool,
 ) -> AsyncIterator[str]:
     """One event for what a step brought a choice, then the usage, then [DONE]."""
@@ -276,7 +274,7 @@ async def _events(
 
     def event(index: int, choice: dict[str, Any], reason: str | None) -> str:
         choices = [{"index": index, **choice, "finish_reason": reason}]
-        return f"data: {json.dumps({**head, 'choices': choices}, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps({**head, 'choices': choices})}\n\n"
 
     output_tokens = 0
     offsets = [0] * len(requests)
@@ -287,7 +285,7 @@ async def _events(
         async for index, piece in _merged(service, requests):
             output_tokens += len(piece.tokens)
             reason = None if piece.output is None else piece.output.finish_reason
-            if piece.text or reason is not None or logprobs:
+            if piece.text or reason is not None or logprobs is not None:
                 yield event(index, style.part(piece.text, piece.tokens, logprobs, offsets[index]), reason)
             offsets[index] += len(piece.text)
         if include_usage:
@@ -341,35 +339,36 @@ def _completion_style(service: Service) -> _Style:
             offset += len(token.text)
         return shown
 
-    def part(text: str, tokens: Sequence[Token], wanted: bool, offset: int) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs_of(tokens, offset) if wanted else None}
+    def part(text: str, tokens: Sequence[Token], count: int | None, offset: int) -> dict[str, Any]:
+        return {"text": text, "logprobs": None if count is None else logprobs_of(tokens, offset)}
 
     return _Style(
-        "cmpl", "text_completion", "text_completion", lambda text, tokens, wanted: part(text, tokens, wanted, 0), part
+        "cmpl", "text_completion", "text_completion", lambda text, tokens, count: part(text, tokens, count, 0), part
     )
 
 
 def _chat_style(service: Service) -> _Style:
     def entry(token_id: int, value: float) -> dict[str, Any]:
         name = _name(service, token_id)
-        return {"token": name, "logprob": value, "bytes": list(name.encode())}
+        data = service.tokenizer.token_bytes(token_id) if name else b""
+        return {"token": name, "logprob": value, "bytes": list(name.encode() if data is None else data)}
 
-    def logprobs_of(tokens: Sequence[Token]) -> dict[str, Any]:
+    def logprobs_of(tokens: Sequence[Token], count: int | None) -> dict[str, Any] | None:
+        if count is None:
+            return None
         shown = []
         for token in tokens:
-            best = token.logprobs or {}
-            others = [entry(i, value) for i, value in best.items()]
-            shown.append({**entry(token.id, best.get(token.id, 0.0)), "top_logprobs": others})
+            known = token.logprobs or {}
+            best = sorted(known.items(), key=lambda item: -item[1])[:count]  # the chosen one may not be among them
+            others = [entry(i, value) for i, value in best]
+            shown.append({**entry(token.id, known.get(token.id, 0.0)), "top_logprobs": others})
         return {"content": shown}
 
-    def whole(text: str, tokens: list[Token], wanted: bool) -> dict[str, Any]:
-        return {
-            "message": {"role": "assistant", "content": text},
-            "logprobs": logprobs_of(tokens) if wanted else None,
-        }
+    def whole(text: str, tokens: list[Token], count: int | None) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}, "logprobs": logprobs_of(tokens, count)}
 
-    def part(text: str, tokens: Sequence[Token], wanted: bool, offset: int) -> dict[str, Any]:
-        return {"delta": {"content": text}, "logprobs": logprobs_of(tokens) if wanted else None}
+    def part(text: str, tokens: Sequence[Token], count: int | None, offset: int) -> dict[str, Any]:
+        return {"delta": {"content": text}, "logprobs": logprobs_of(tokens, count)}
 
     first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
     return _Style("chatcmpl", "chat.completion", "chat.completion.chunk", whole, part, first)

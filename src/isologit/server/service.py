@@ -27,6 +27,10 @@ class RequestTimeoutError(EngineFailedError):
     """A request took longer than the server allows."""
 
 
+class UnknownModelError(RequestError):
+    """The server has no model of that name."""
+
+
 class ClientGoneError(Exception):
     """Nobody is there to be answered."""
 
@@ -90,6 +94,11 @@ class Service:
                 f"{self.limits.max_model_len}; shorten the prompt or ask for fewer tokens"
             )
         return GenerationRequest(self.engine.new_id(), ids, params, prompt if isinstance(prompt, str) else None)
+
+    def check_model(self, name: str) -> None:
+        """Raises UnknownModelError, naming what there is, for a model this server does not have."""
+        if name not in self.names:
+            raise UnknownModelError(f"the model {name!r} does not exist; this server has {', '.join(self.names)}")
 
     def check_capacity(self, count: int = 1) -> None:
         """Raises QueueFullError or EngineFailedError when so many more requests cannot be taken now."""

@@ -1,9 +1,12 @@
-"""Text Generation Inference's API: /generate, /generate_stream, /info, /health."""
+"""Text Generation Inference's API: /generate, /generate_stream, / (either, by `stream`), /info, /health.
+
+Parameters that would change an answer and are not implemented are refused, never ignored.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,72 +15,127 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from isologit import __version__
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
+from isologit.errors import RequestError
 from isologit.server.engine_thread import EngineFailedError
 from isologit.server.service import Service, Token
 
 _DEFAULT_NEW_TOKENS = 100
+_MOST_STOPS = 16
+_MOST_TOP_TOKENS = 5
+_UNSUPPORTED = ("frequency_penalty", "typical_p", "watermark", "grammar", "adapter_id", "decoder_input_details")
 
 
 class Parameters(BaseModel):
-    """Fields of TGI that mean something here; others are ignored."""
+    """TGI's parameters; None takes the default."""
 
     model_config = ConfigDict(extra="ignore")
 
     max_new_tokens: int | None = Field(default=None, ge=1)
-    do_sample: bool = False
+    do_sample: bool | None = False
     temperature: float | None = Field(default=None, gt=0)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0)
     seed: int | None = Field(default=None, ge=0)
-    stop: list[str] = Field(default_factory=list, max_length=16)
+    stop: list[str] | None = Field(default=None, max_length=_MOST_STOPS)
+    truncate: int | None = Field(default=None, ge=1)
     return_full_text: bool | None = False
-    details: bool = True
-    decoder_input_details: bool = False
-    ignore_eos_token: bool = False
+    details: bool | None = False
+    top_n_tokens: int | None = Field(default=None, ge=0, le=_MOST_TOP_TOKENS)
+    best_of: int | None = Field(default=None, ge=1)
+    frequency_penalty: float | None = None
+    typical_p: float | None = None
+    watermark: bool | None = False
+    grammar: Any = None
+    adapter_id: str | None = None
+    decoder_input_details: bool | None = False
+    ignore_eos_token: bool | None = False
+
+    def refuse_unsupported(self) -> None:
+        """Raises RequestError for parameters that would have to change the answer."""
+        for name in _UNSUPPORTED:
+            if getattr(self, name):
+                raise RequestError(f"{name} is not supported; leave it out")
+        if (self.best_of or 1) > 1:
+            raise RequestError("best_of above 1 is not supported; leave it out")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn: if told so, or if a parameter is set that has no other meaning, as in TGI."""
+        narrowed = self.top_k is not None or self.top_p not in (None, 1.0)
+        return bool(self.do_sample) or narrowed or self.temperature not in (None, 1.0)
 
 
 class GenerateRequest(BaseModel):
-    """The body of /generate and /generate_stream."""
+    """The body of every POST; `stream` matters at `/` only."""
 
     model_config = ConfigDict(extra="ignore")
 
     inputs: str
-    parameters: Parameters = Field(default_factory=lambda: Parameters())
+    parameters: Parameters | None = None
+    stream: bool | None = False
+
+    @property
+    def asked(self) -> Parameters:
+        """The parameters, even when the client sent none."""
+        return self.parameters or Parameters()
+
+    @property
+    def echoed(self) -> str:
+        """What stands before the generated text."""
+        return self.inputs if self.asked.return_full_text else ""
 
 
 def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["tgi"])
 
-    @routes.post("/generate")
-    async def generate(body: GenerateRequest, http: Request) -> Response:
+    async def whole(body: GenerateRequest, http: Request) -> dict[str, Any]:
         request = _request(service, body)
         service.check_capacity()
         tokens, output = await service.collect(http, request)
-        text = (body.inputs if body.parameters.return_full_text else "") + output.text
-        answer: dict[str, Any] = {"generated_text": text}
-        if body.parameters.details:
-            answer["details"] = {**_details(request, output), "prefill": [], "tokens": [_token(t) for t in tokens]}
-        return JSONResponse(answer)
+        answer: dict[str, Any] = {"generated_text": body.echoed + output.text}
+        if body.asked.details:
+            shown = {"prefill": [], "tokens": [_token(service, token) for token in tokens]}
+            if body.asked.top_n_tokens:
+                shown["top_tokens"] = [_top_tokens(service, token, body.asked.top_n_tokens) for token in tokens]
+            answer["details"] = {**_details(request, output), **shown}
+        return answer
 
-    @routes.post("/generate_stream")
-    async def generate_stream(body: GenerateRequest) -> Response:
+    def streamed(body: GenerateRequest) -> Response:
         request = _request(service, body)
         service.check_capacity()
         return StreamingResponse(_events(service, request, body), media_type="text/event-stream")
+
+    @routes.post("/generate")
+    async def generate(body: GenerateRequest, http: Request) -> Response:
+        return JSONResponse(await whole(body, http))
+
+    @routes.post("/generate_stream")
+    async def generate_stream(body: GenerateRequest) -> Response:
+        return streamed(body)
+
+    @routes.post("/")
+    async def either(body: GenerateRequest, http: Request) -> Response:
+        return streamed(body) if body.stream else JSONResponse([await whole(body, http)])
 
     @routes.get("/info")
     async def info() -> dict[str, Any]:
         return {
             "model_id": service.names[0],
+            "model_sha": None,
             "model_dtype": service.config.dtype,
             "model_device_type": "cpu",
+            "model_pipeline_tag": "text-generation",
             "max_concurrent_requests": service.limits.max_queue,
+            "max_best_of": 1,
+            "max_stop_sequences": _MOST_STOPS,
             "max_input_tokens": service.limits.max_model_len - 1,
             "max_total_tokens": service.limits.max_model_len,
             "router": "isologit",
             "version": __version__,
+            "sha": None,
+            "docker_label": None,
         }
 
     @routes.get("/health")
@@ -90,25 +148,33 @@ def router(service: Service) -> APIRouter:
 
 
 def _request(service: Service, body: GenerateRequest) -> GenerationRequest:
-    asked = body.parameters
-    sample = asked.do_sample or any(v is not None for v in (asked.temperature, asked.top_k, asked.top_p))
+    asked = body.asked
+    asked.refuse_unsupported()
     params = SamplingParams(
         max_tokens=asked.max_new_tokens or _DEFAULT_NEW_TOKENS,
-        temperature=(asked.temperature or 1.0) if sample else 0.0,
+        temperature=(asked.temperature or 1.0) if asked.samples else 0.0,
         top_k=asked.top_k or 0,
         top_p=asked.top_p or 1.0,
         repetition_penalty=asked.repetition_penalty or 1.0,
         seed=asked.seed,
-        stop=tuple(stop for stop in asked.stop if stop),
-        ignore_eos=asked.ignore_eos_token,
-        logprobs=0,
+        stop=tuple(stop for stop in asked.stop or () if stop),
+        ignore_eos=bool(asked.ignore_eos_token),
+        logprobs=asked.top_n_tokens or 0,
     )
-    return service.request(body.inputs, params)
+    if asked.truncate is None:
+        return service.request(body.inputs, params)
+    return service.request(service.tokenizer.encode(body.inputs)[-asked.truncate :], params)
 
 
-def _token(token: Token) -> dict[str, Any]:
+def _token(service: Service, token: Token) -> dict[str, Any]:
     logprob = token.logprobs[token.id] if token.logprobs else None
-    return {"id": token.id, "text": token.text, "logprob": logprob, "special": token.text == ""}
+    return {"id": token.id, "text": token.text, "logprob": logprob, "special": not service.tokenizer.is_text(token.id)}
+
+
+def _top_tokens(service: Service, token: Token, count: int) -> list[dict[str, Any]]:
+    """The most likely tokens in place of this one, the likeliest first."""
+    best = sorted((token.logprobs or {}).items(), key=lambda item: -item[1])[:count]
+    return [_token(service, Token(i, service.tokenizer.inner_text([i]), {i: value})) for i, value in best]
 
 
 def _details(request: GenerationRequest, output: RequestOutput) -> dict[str, Any]:
@@ -119,22 +185,26 @@ def _details(request: GenerationRequest, output: RequestOutput) -> dict[str, Any
 
 
 async def _events(service: Service, request: GenerationRequest, body: GenerateRequest) -> AsyncIterator[str]:
-    """One event a token; the last holds the whole text."""
-    number = 0
+    """One event a token; the last holds the whole text. Lines are ASCII: some clients also split at U+2028."""
+    count, number = body.asked.top_n_tokens, 0
     try:
         async for piece in service.stream(request):
-            for place, token in enumerate(piece.tokens, 1):
+            for token, output in _with_output(piece.tokens, piece.output):
                 number += 1
-                last = piece.output if place == len(piece.tokens) else None
-                full_text = None
-                if last is not None:
-                    full_text = (body.inputs if body.parameters.return_full_text else "") + last.text
-                event = {
-                    "index": number,
-                    "token": _token(token),
-                    "generated_text": full_text,
-                    "details": None if last is None else _details(request, last),
-                }
-                yield f"data:{json.dumps(event, ensure_ascii=False)}\n\n"
+                event: dict[str, Any] = {"index": number, "token": _token(service, token)}
+                if count:
+                    event["top_tokens"] = _top_tokens(service, token, count)
+                event |= {"generated_text": None, "details": None}
+                if output is not None:
+                    event["generated_text"] = body.echoed + output.text
+                    if body.asked.details:
+                        details = _details(request, output)
+                        event["details"] = {**details, "input_length": len(request.prompt_token_ids)}
+                yield f"data:{json.dumps(event)}\n\n"
     except EngineFailedError as error:
         yield f"data:{json.dumps({'error': str(error), 'error_type': 'generation'})}\n\n"
+
+
+def _with_output(tokens: Sequence[Token], output: RequestOutput | None) -> list[tuple[Token, RequestOutput | None]]:
+    """The tokens of a step, the output with the last of them."""
+    return [(token, output if place == len(tokens) else None) for place, token in enumerate(tokens, 1)]
