@@ -14,10 +14,10 @@ import requests
 from tests.server.conftest import Running
 
 from isologit import SamplingParams
-from isologit.engine.request import GenerationRequest, RequestMetrics, RequestOutput
+from isologit.engine.request import RequestMetrics, RequestOutput
 from isologit.errors import RequestError
 from isologit.server.llm_serving import Parameters, sampling_params
-from isologit.server.service import Piece, Token
+from isologit.server.service import Answer, Piece, Token
 
 PROMPTS = ["Describe the fox.\n", "List 4 tools.\n", "Count from 3 to 30.\n", "Describe the owl.\n"]
 
@@ -98,16 +98,16 @@ def test_other_forms_of_the_stream(http: httpx.Client) -> None:
 
 
 def test_lines_survive_clients_that_split_at_unicode_line_ends(
-    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "a\u2028b\x85\u00e9\U0001f98a"
     never = RequestMetrics(0.0, None, None, None)
     output = RequestOutput("r", None, [1], [5], text, "length", None, None, None, {}, never, None)
 
-    async def stream(request: GenerationRequest) -> AsyncIterator[Piece]:
-        yield Piece([Token(5, text, {5: -0.5})], output)
+    async def steps(answer: Answer) -> AsyncIterator[list[tuple[int, Piece]]]:
+        yield [(0, Piece([Token(5, text, {5: -0.5})], output))]
 
-    monkeypatch.setattr(server.service, "stream", stream)
+    monkeypatch.setattr(Answer, "steps", steps)
     content = http.post("/models/llama2/generate_stream", json=body()).content
     assert content.isascii()
     assert [json.loads(line)["data"][0]["generated_text"] for line in content.splitlines()] == [text, text]

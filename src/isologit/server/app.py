@@ -18,8 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from isologit import __version__
 from isologit.errors import ModelError, RequestError
 from isologit.server import llm_serving, openai_api, tgi
-from isologit.server.engine_thread import EngineFailedError, QueueFullError
-from isologit.server.service import ClientGoneError, RequestTimeoutError, Service, UnknownModelError
+from isologit.server.engine_thread import ClientGoneError, EngineFailedError
+from isologit.server.service import (
+    QueueFullError,
+    RequestTimeoutError,
+    Service,
+    ShuttingDownError,
+    UnknownModelError,
+)
 
 _OPEN_PATHS = frozenset({"/health"})  # no key is needed to see whether the server lives
 _RETRY_AFTER_S = "1"
@@ -43,7 +49,7 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
 
     @app.get("/metrics", tags=["metrics"])
     async def metrics() -> Response:
-        return Response(service.metrics.render(service.engine), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     _handle_errors(app)
     app.add_middleware(_Gate, service=service)
@@ -56,6 +62,7 @@ def _handle_errors(app: FastAPI) -> None:
         (RequestError, 400),
         (ModelError, 400),
         (QueueFullError, 429),
+        (ShuttingDownError, 503),
         (RequestTimeoutError, 504),
         (EngineFailedError, 500),
         (ClientGoneError, _CLIENT_CLOSED),

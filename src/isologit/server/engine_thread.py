@@ -12,7 +12,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -21,28 +22,88 @@ from isologit.engine.request import GenerationRequest, RequestOutput
 from isologit.errors import IsologitError, RequestError
 
 _MOST_FAILURES_IN_A_ROW = 3
-_IDLE_S = 0.5
 _AGING_TOKENS_PER_S = 16.0  # longer requests go first, but a second of waiting is worth so many tokens
 
 logger = logging.getLogger(__name__)
-
-
-class QueueFullError(IsologitError):
-    """More requests are waiting than the server holds."""
 
 
 class EngineFailedError(IsologitError):
     """The step a request took part in failed, or the engine cannot go on."""
 
 
+class ClientGoneError(IsologitError):
+    """Nobody is there to be answered."""
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a request gained in one step; `output` is its whole result, when it is over."""
+    """What a request gained in one step; `output` is its whole result, when it is over.
+
+    at_s: end of the step on the clock `time.perf_counter`.
+    """
 
     token_ids: Sequence[int]
-    logprobs: Sequence[dict[int, float]] = ()
-    output: RequestOutput | None = None
-    error: str | None = None
+    logprobs: Sequence[dict[int, float]]
+    output: RequestOutput | None
+    at_s: float
+
+
+class Stream:
+    """The requests that one client asked for together, on the event loop: what they gain, and their end.
+
+    A reader never holds up the engine: what it has not taken yet waits here, at most the tokens its requests may have.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, names: Sequence[str], observe: Callable[[int, Delta], None], *, whole: bool
+    ) -> None:
+        self._engine = engine
+        self._open = {name: index for index, name in enumerate(names)}
+        self._observe = observe
+        self._whole = whole
+        self._pending: list[tuple[int, Delta]] = []
+        self._error: IsologitError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def take(self) -> list[tuple[int, Delta]]:
+        """What was gained since the last call, as (index of the request, delta); nothing only when all are over.
+
+        Of a `whole` stream everything at once. Raises the error of the first request that failed, and ClientGoneError
+        after `close`.
+        """
+        while self._open and (self._whole or not self._pending):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+        taken, self._pending = self._pending, []
+        return taken
+
+    def close(self) -> None:
+        """Cancel what is not over yet; a reader that waits is told."""
+        self.fail(ClientGoneError("the client has left"))
+
+    def fail(self, error: IsologitError) -> None:
+        """End with an error, cancelling what is not over yet; without effect when everything is over."""
+        if self._open:
+            self._error = error
+            self._engine.cancel(self._open)
+            self._open = {}
+            self._wake()
+
+    def push(self, name: str, delta: Delta) -> None:
+        """Called by the engine's side, on the event loop."""
+        index = self._open[name]
+        self._observe(index, delta)
+        self._pending.append((index, delta))
+        if delta.output is not None:
+            del self._open[name]
+        if not self._whole or not self._open:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class AsyncEngine:
@@ -53,13 +114,13 @@ class AsyncEngine:
         self.failed: str | None = None  # why the engine cannot go on
         self._on_failure: Callable[[], None] = lambda: None
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[Delta]] = {}
+        self._streams: dict[str, Stream] = {}
         self._waiting: dict[str, GenerationRequest] = {}  # not yet given to the engine; order in `_heap`
         self._heap: list[tuple[float, str]] = []
         self._numbers = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failures = 0
-        self._thread = threading.Thread(target=self._work, name="isologit-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="isologit-engine", daemon=True)
 
     # -- on the event loop ----------------------------------------------------------------------------------------
 
@@ -76,6 +137,11 @@ class AsyncEngine:
             self._thread.join(timeout=60)
 
     @property
+    def max_num_seqs(self) -> int:
+        """Slots: requests that may run at once."""
+        return self.engine.scheduler.config.max_num_seqs
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that were taken and not yet answered."""
         return len(self._streams)
@@ -89,49 +155,67 @@ class AsyncEngine:
         """An id no other request of this process has."""
         return f"r{next(self._numbers)}"
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """Yield what the request gains, step by step; closing it early cancels the request.
+    def submit(
+        self, requests: Sequence[GenerationRequest], observe: Callable[[int, Delta], None], *, whole: bool
+    ) -> Stream:
+        """Take requests; the stream must be closed. observe: called at once with everything a request gains.
 
         Raises EngineFailedError when the engine cannot go on.
         """
         if self.failed is not None:
             raise EngineFailedError(self.failed)
-        stream: asyncio.Queue[Delta] = asyncio.Queue()
-        name = request.request_id
-        self._streams[name] = stream
-        self._inbox.put(lambda: self._add(request))
-        try:
-            while True:
-                delta = await stream.get()
-                yield delta
-                if delta.output is not None or delta.error is not None:
-                    break
-        finally:
-            if self._streams.pop(name, None) is not None:
-                self._inbox.put(lambda: self._abort(name))
+        stream = Stream(self, [request.request_id for request in requests], observe, whole=whole)
+        for request in requests:
+            self._streams[request.request_id] = stream
+        self._inbox.put(lambda: self._add(requests))
+        return stream
+
+    def cancel(self, names: Sequence[str] | dict[str, int]) -> None:
+        """Forget requests; the engine drops them before its next step."""
+        for name in names:
+            self._streams.pop(name, None)
+        self._inbox.put(lambda: self._abort(list(names)))
 
     def _deliver(self, deltas: list[tuple[str, Delta]]) -> None:
         for name, delta in deltas:
             stream = self._streams.get(name)
             if stream is not None:
-                if delta.output is not None or delta.error is not None:
+                if delta.output is not None:
                     del self._streams[name]
-                stream.put_nowait(delta)
+                stream.push(name, delta)
+
+    def _deliver_failure(self, names: Sequence[str], message: str) -> None:
+        for name in names:
+            stream = self._streams.get(name)
+            if stream is not None:
+                stream.fail(EngineFailedError(message))
+
+    def _leave(self) -> None:
+        """The engine has stopped for good: nobody waits for it any longer."""
+        assert self.failed is not None
+        self._deliver_failure(list(self._streams), self.failed)
+        self._on_failure()
 
     # -- on the engine thread -------------------------------------------------------------------------------------
 
-    def _send(self, deltas: list[tuple[str, Delta]]) -> None:
-        if deltas and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, deltas)
+    def _call(self, what: Callable[..., None], *arguments: object) -> None:
+        """Have something done on the event loop, if there still is one."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(what, *arguments)
+        except RuntimeError:
+            logger.debug("the event loop has ended before the engine")
 
-    def _add(self, request: GenerationRequest) -> None:
-        self._waiting[request.request_id] = request
-        aged = request.params.max_tokens - _AGING_TOKENS_PER_S * time.monotonic()
-        heapq.heappush(self._heap, (-aged, request.request_id))
+    def _add(self, requests: Sequence[GenerationRequest]) -> None:
+        for request in requests:
+            self._waiting[request.request_id] = request
+            aged = request.params.max_tokens - _AGING_TOKENS_PER_S * time.monotonic()
+            heapq.heappush(self._heap, (-aged, request.request_id))
 
-    def _abort(self, name: str) -> None:
-        if self._waiting.pop(name, None) is None:
-            self.engine.abort(name)
+    def _abort(self, names: Sequence[str]) -> None:
+        for name in names:
+            if self._waiting.pop(name, None) is None:
+                self.engine.abort(name)
 
     def _admit(self) -> None:
         """Give the engine as many requests as it has slots: the longest first, as it takes most steps."""
@@ -139,28 +223,29 @@ class AsyncEngine:
         while self._heap and scheduler.num_running + scheduler.num_waiting < scheduler.config.max_num_seqs:
             request = self._waiting.pop(heapq.heappop(self._heap)[1], None)
             if request is None:
-                continue
+                continue  # cancelled meanwhile
             try:
                 self.engine.add(request)
             except RequestError as error:
-                self._send([(request.request_id, Delta((), error=str(error)))])
+                self._call(self._deliver_failure, [request.request_id], str(error))
 
-    def _work(self) -> None:
-        while self._take_inbox() and self.failed is None:
-            self._admit()
-            if self.engine.has_work():
-                self._step()
-        if self.failed is not None and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._on_failure)
+    def _run(self) -> None:
+        try:
+            while self._take_inbox() and self.failed is None:
+                self._admit()
+                if self.engine.has_work():
+                    self._step()
+        except Exception as error:  # NOTE: a thread that ended in silence would leave every client waiting
+            self.failed = f"the engine stopped with {type(error).__name__}"
+            logger.error("%s\n%s", self.failed, _frames(error))
+        if self.failed is not None:
+            self._call(self._leave)
 
     def _take_inbox(self) -> bool:
         """Apply what has arrived, waiting for something when there is no work; False when it is time to end."""
         try:
             while True:
-                if self.engine.has_work() or self._waiting:
-                    action = self._inbox.get_nowait()
-                else:
-                    action = self._inbox.get(timeout=_IDLE_S)
+                action = self._inbox.get(block=not (self.engine.has_work() or self._waiting))
                 if action is None:
                     return False
                 action()
@@ -174,20 +259,27 @@ class AsyncEngine:
             self._fail_running(error)
             return
         self._failures = 0
-        deltas = {gain.request_id: Delta(gain.token_ids, gain.logprobs) for gain in self.engine.gains}
-        for output in finished:
-            last = deltas.get(output.request_id, Delta(()))
-            deltas[output.request_id] = Delta(last.token_ids, last.logprobs, output)
-        self._send(list(deltas.items()))
+        now = time.perf_counter()
+        over = {output.request_id: output for output in finished}
+        deltas = [
+            (gain.request_id, Delta(gain.token_ids, gain.logprobs, over.pop(gain.request_id, None), now))
+            for gain in self.engine.gains
+        ]
+        deltas += [(name, Delta((), (), output, now)) for name, output in over.items()]
+        if deltas:
+            self._call(self._deliver, deltas)
         self.engine.step_records.clear()  # a server never ends
 
     def _fail_running(self, error: Exception) -> None:
         """Fail the requests that were running; the waiting ones are not touched, unless it keeps happening."""
-        logger.exception("a step failed")
         self._failures += 1
+        logger.error("a step failed with %s\n%s", type(error).__name__, _frames(error))
         lost = self.engine.drop_running()
+        self._call(self._deliver_failure, lost, f"the step failed ({type(error).__name__}); please try again")
         if self._failures >= _MOST_FAILURES_IN_A_ROW:
             self.failed = f"{self._failures} steps in a row failed, the last with {type(error).__name__}"
-            lost = list(self._streams)
-        message = f"the step failed ({type(error).__name__}); please try again"
-        self._send([(name, Delta((), error=message)) for name in lost])
+
+
+def _frames(error: Exception) -> str:
+    """Where an error came from. NOTE: not its message, which may hold a prompt."""
+    return "".join(traceback.format_tb(error.__traceback__)).rstrip()

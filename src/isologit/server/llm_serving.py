@@ -8,17 +8,18 @@ that is not part of an answer, and lines are ASCII: clients that split text into
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from isologit import __version__
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.server.engine_thread import EngineFailedError
-from isologit.server.service import Service, Token
+from isologit.server.responses import StreamedAnswer
+from isologit.server.service import Answer, RequestTimeoutError, Service, Token
 
 _EVENT_STREAM = "text/event-stream"
 _RETRY_MS = 30000
@@ -66,11 +67,11 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/models/{model}/generate_stream")
     async def generate_stream(model: str, body: ClientRequest, http: Request) -> Response:
-        return _streamed(service, model, body, http)
+        return await _streamed(service, model, body, http)
 
     @routes.post("/models/{model}")
     async def either(model: str, body: ClientRequest, http: Request) -> Response:
-        return _streamed(service, model, body, http) if body.stream else await _whole(service, model, body, http)
+        return await (_streamed if body.stream else _whole)(service, model, body, http)
 
     @routes.get("/serving/get_bs")
     async def get_bs() -> Response:
@@ -107,11 +108,12 @@ def _event(data: Any) -> Response:
     return Response(f"data: {line}\n\n", media_type=_EVENT_STREAM)
 
 
-def _request(service: Service, model: str, body: ClientRequest) -> GenerationRequest | tuple[str, str]:
+async def _request(service: Service, model: str, body: ClientRequest) -> GenerationRequest | tuple[str, str]:
     """A request that can run, or the text and reason of its refusal. Raises UnknownModelError."""
     service.check_model(model)
     params = sampling_params(body.parameters or Parameters(), service.config.vocab_size, service.strict_contest)
-    ids = service.tokenizer.encode(body.inputs)
+    service.check_capacity(1)
+    ids = await service.encode(body.inputs)
     if (not body.inputs and not service.strict_contest) or service.config.pad_token_id in ids:
         return _EMPTY
     if len(ids) + params.max_tokens >= service.limits.max_model_len:
@@ -162,12 +164,13 @@ def _answer(text: str, reason: str, tokens: list[dict[str, Any]], seed: int) -> 
 
 
 async def _whole(service: Service, model: str, body: ClientRequest, http: Request) -> Response:
-    request = _request(service, model, body)
+    request = await _request(service, model, body)
     if isinstance(request, tuple):
         return JSONResponse(_answer(*request, [], 0))
-    service.check_capacity()
     try:
-        found, output = await service.collect(http, request)
+        [(found, output)] = await service.collect(http.receive, [request])
+    except RequestTimeoutError:
+        raise
     except EngineFailedError:
         return JSONResponse(_answer(*_FAILED, [], 0))
     text = output.text
@@ -187,47 +190,46 @@ def _reason(output: RequestOutput) -> str:
     return "eos" if output.finish_reason == "stop" and output.stop_reason is None else output.finish_reason
 
 
-def _streamed(service: Service, model: str, body: ClientRequest, http: Request) -> Response:
-    request = _request(service, model, body)
-    if not isinstance(request, tuple):
-        service.check_capacity()
+async def _streamed(service: Service, model: str, body: ClientRequest, http: Request) -> Response:
     asked = body.parameters or Parameters()
-    if asked.return_protocol not in (None, "sse"):
+    enclosed = asked.return_protocol in (None, "sse")
+    if not enclosed:
         wrap = "data:{}\n"
-        enclose = False
     else:
         wrap = "data: {}\n\n" if _EVENT_STREAM in http.headers.get("accept", "") else "{}\n"
-        enclose = True
-    lines = _lines(service, request, full=asked.return_full_text is not False)
 
-    async def encoded() -> AsyncIterator[str]:
-        async for inner in lines:
-            line = {"event": "message", "retry": _RETRY_MS, "data": [inner]} if enclose else inner
-            yield wrap.format(json.dumps(line))
+    def line(inner: dict[str, Any]) -> str:
+        return wrap.format(json.dumps({"event": "message", "retry": _RETRY_MS, "data": [inner]} if enclosed else inner))
 
-    return StreamingResponse(encoded(), media_type=_EVENT_STREAM)
+    request = await _request(service, model, body)
+    if isinstance(request, tuple):
+        return Response(line(_answer(*request, [], 0)), media_type=_EVENT_STREAM)
+    answer = service.answer([request])
+    full = asked.return_full_text is not False
+    lines = _lines(answer, request, line, full=full, strict=service.strict_contest)
+    return StreamedAnswer(answer, lines)
 
 
 async def _lines(
-    service: Service, request: GenerationRequest | tuple[str, str], *, full: bool
-) -> AsyncIterator[dict[str, Any]]:
-    """The inner object of every line: one a token, then the whole answer."""
-    if isinstance(request, tuple):
-        yield _answer(*request, [], 0)
-        return
+    answer: Answer, request: GenerationRequest, line: Callable[[dict[str, Any]], str], *, full: bool, strict: bool
+) -> AsyncIterator[str]:
+    """The lines of every step: one a token; with the last token also, if `full`, one for the whole answer."""
     tokens: list[Token] = []
     try:
-        async for piece in service.stream(request):
+        async for [(_, piece)] in answer.steps():
             new = list(piece.tokens)
-            if service.strict_contest and piece.output is not None:
+            if strict and piece.output is not None:
                 new = _without_last_text(new)
             tokens += new
+            lines = []
             for token in new:
                 shown = _token(token)
-                yield {"details": None, "generated_text": token.text, "tokens": shown, "top_tokens": [shown]}
+                inner = {"details": None, "generated_text": token.text, "tokens": shown, "top_tokens": [shown]}
+                lines.append(line(inner))
             if piece.output is not None and full:
                 text = "".join(token.text for token in tokens)
                 shown_tokens = [_token(token) for token in tokens]
-                yield _answer(text, _reason(piece.output), shown_tokens, request.params.seed or 0)
+                lines.append(line(_answer(text, _reason(piece.output), shown_tokens, request.params.seed or 0)))
+            yield "".join(lines)
     except EngineFailedError:
-        yield _answer(*_FAILED, [], 0)
+        yield line(_answer(*_FAILED, [], 0))

@@ -6,7 +6,6 @@ Streams are ASCII: some clients also split lines at U+2028.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
@@ -15,13 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
+from isologit.engine.request import GenerationRequest, SamplingParams
 from isologit.errors import RequestError
 from isologit.server.engine_thread import EngineFailedError
-from isologit.server.service import Piece, Service, Token, unless_gone
+from isologit.server.responses import StreamedAnswer
+from isologit.server.service import Answer, RequestTimeoutError, Service, Token
 
 _DONE = "data: [DONE]\n\n"
 _MOST_CHOICES = 128
@@ -177,7 +177,7 @@ def router(service: Service) -> APIRouter:
         if asked.tools or (asked.response_format or {}).get("type", "text") != "text":
             raise RequestError("tools and response_format are not supported; leave them out")
         text = service.tokenizer.apply_chat_template([message.flat() for message in asked.messages])
-        ids = service.tokenizer.encode_without_bos(text)
+        ids = await service.encode_without_bos(text)
         room = service.limits.max_model_len - len(ids)
         max_tokens = asked.max_completion_tokens or asked.max_tokens or max(1, room)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -207,18 +207,19 @@ async def _answer(
     style: _Style,
 ) -> Response:
     count = asked.n or 1
+    service.check_capacity(len(prompts) * count)
     requests = []
     for prompt in prompts:
+        ids = await service.prompt_ids(prompt)
         for number in range(count):
             seed = None if params.seed is None else params.seed + number
-            requests.append(service.request(prompt, replace(params, seed=seed)))
-    service.check_capacity(len(requests))
+            requests.append(service.request(ids, replace(params, seed=seed)))
     head = {"id": f"{style.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        events = _events(service, requests, count, head, style, params.logprobs, usage)
-        return StreamingResponse(events, media_type="text/event-stream")
-    found = await unless_gone(http, _gather(service, requests))
+        answer = service.answer(requests)
+        return StreamedAnswer(answer, _events(answer, requests, count, head, style, params.logprobs, usage))
+    found = await service.collect(http.receive, requests)
     choices = [
         {
             "index": i,
@@ -229,23 +230,6 @@ async def _answer(
     ]
     usage_of = _usage(requests, count, sum(len(output.token_ids) for _, output in found))
     return JSONResponse({**head, "object": style.whole_object, "choices": choices, "usage": usage_of})
-
-
-async def _gather(service: Service, requests: Sequence[GenerationRequest]) -> list[tuple[list[Token], RequestOutput]]:
-    async def one(request: GenerationRequest) -> tuple[list[Token], RequestOutput]:
-        tokens: list[Token] = []
-        async for piece in service.stream(request):
-            tokens += piece.tokens
-            if piece.output is not None:
-                return tokens, piece.output
-        raise EngineFailedError("the answer ended early")
-
-    tasks = [asyncio.create_task(one(request)) for request in requests]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _usage(requests: Sequence[GenerationRequest], count: int, output_tokens: int) -> dict[str, int]:
@@ -259,7 +243,7 @@ def _usage(requests: Sequence[GenerationRequest], count: int, output_tokens: int
 
 
 async def _events(
-    service: Service,
+    answer: Answer,
     requests: Sequence[GenerationRequest],
     count: int,
     head: dict[str, Any],
@@ -267,7 +251,7 @@ async def _events(
     logprobs: int | None,
     include_usage: bool,
 ) -> AsyncIterator[str]:
-    """One event for what a step brought a choice, then the usage, then [DONE]."""
+    """Events: one for what a step brought a choice, then the usage, then [DONE]."""
     head = {**head, "object": style.part_object}
     if include_usage:
         head["usage"] = None
@@ -280,51 +264,26 @@ async def _events(
     offsets = [0] * len(requests)
     try:
         if style.first is not None:
-            for index in range(len(requests)):
-                yield event(index, style.first, None)
-        async for index, piece in _merged(service, requests):
-            output_tokens += len(piece.tokens)
-            reason = None if piece.output is None else piece.output.finish_reason
-            if piece.text or reason is not None or logprobs is not None:
-                yield event(index, style.part(piece.text, piece.tokens, logprobs, offsets[index]), reason)
-            offsets[index] += len(piece.text)
+            yield "".join(event(index, style.first, None) for index in range(len(requests)))
+        async for step in answer.steps():
+            events = []
+            for index, piece in step:
+                text = piece.text
+                output_tokens += len(piece.tokens)
+                reason = None if piece.output is None else piece.output.finish_reason
+                if text or reason is not None or logprobs is not None:
+                    events.append(event(index, style.part(text, piece.tokens, logprobs, offsets[index]), reason))
+                offsets[index] += len(text)
+            if events:
+                yield "".join(events)
         if include_usage:
             usage = _usage(requests, count, output_tokens)
             yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
     except EngineFailedError as error:
-        body = {"message": str(error), "type": "internal_error", "param": None, "code": 500}
+        code = 504 if isinstance(error, RequestTimeoutError) else 500
+        body = {"message": str(error), "type": "internal_error", "param": None, "code": code}
         yield f"data: {json.dumps({'error': body})}\n\n"
     yield _DONE
-
-
-async def _merged(service: Service, requests: Sequence[GenerationRequest]) -> AsyncIterator[tuple[int, Piece]]:
-    """The pieces of all requests as they come."""
-    if len(requests) == 1:
-        async for piece in service.stream(requests[0]):
-            yield 0, piece
-        return
-    queue: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue()
-
-    async def pump(index: int, request: GenerationRequest) -> None:
-        try:
-            async for piece in service.stream(request):
-                queue.put_nowait((index, piece))
-        except EngineFailedError as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
-    try:
-        unfinished = len(requests)
-        while unfinished:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            unfinished -= item[1].output is not None
-            yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _completion_style(service: Service) -> _Style:

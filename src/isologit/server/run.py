@@ -62,13 +62,14 @@ def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
             raise ConfigError(f"{field} must be at least 1, not {getattr(options, field)}")
     if options.request_timeout_s is not None and not options.request_timeout_s > 0:
         raise ConfigError(f"request_timeout_s must be above 0, not {options.request_timeout_s}")
+    engine = AsyncEngine(llm.open_loop())
     return Service(
-        engine=AsyncEngine(llm.open_loop()),
+        engine=engine,
         tokenizer=llm.tokenizer,
         config=llm.config,
         names=list(dict.fromkeys([name, *_CONTEST_NAMES])),
         limits=Limits(length, options.max_queue, options.max_body_bytes, options.request_timeout_s),
-        metrics=ServerMetrics(name),
+        metrics=ServerMetrics(name, engine),
         strict_contest=options.strict_contest,
         api_key=options.api_key,
     )

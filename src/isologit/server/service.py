@@ -6,21 +6,21 @@ Knows neither a dialect's fields nor its errors.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
-from fastapi import Request
+from starlette.types import Receive
 
 from isologit.config import ModelConfig
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
-from isologit.errors import RequestError
+from isologit.errors import IsologitError, RequestError
 from isologit.model.detokenizer import Detokenizer
 from isologit.model.tokenizer import Tokenizer
-from isologit.server.engine_thread import AsyncEngine, EngineFailedError, QueueFullError
+from isologit.server.engine_thread import AsyncEngine, Delta, EngineFailedError
 from isologit.server.metrics import ServerMetrics
 
-T = TypeVar("T")
+_LONG_TEXT = 4096  # characters; what is longer is made into tokens on another thread
 
 
 class RequestTimeoutError(EngineFailedError):
@@ -31,8 +31,12 @@ class UnknownModelError(RequestError):
     """The server has no model of that name."""
 
 
-class ClientGoneError(Exception):
-    """Nobody is there to be answered."""
+class QueueFullError(IsologitError):
+    """More requests are waiting than the server holds."""
+
+
+class ShuttingDownError(IsologitError):
+    """The server takes nothing new."""
 
 
 @dataclass(frozen=True)
@@ -81,95 +85,145 @@ class Service:
     api_key: str | None = None
     draining: bool = field(default=False)
 
-    def request(self, prompt: str | Sequence[int], params: SamplingParams) -> GenerationRequest:
-        """A request that can run. Raises RequestError naming the limit it exceeds."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    async def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt. Raises RequestError when it is empty or not in the vocabulary."""
+        ids = await self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids or prompt == "":
             raise RequestError("the prompt is empty; give at least one token")
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise RequestError(f"a prompt token id is outside 0..{self.config.vocab_size - 1}")
+        return ids
+
+    def request(self, ids: list[int], params: SamplingParams) -> GenerationRequest:
+        """A request that can run. Raises RequestError naming the limit it exceeds."""
         if len(ids) + params.max_tokens > self.limits.max_model_len:
             raise RequestError(
                 f"{len(ids)} prompt tokens and {params.max_tokens} new ones exceed the limit of "
                 f"{self.limits.max_model_len}; shorten the prompt or ask for fewer tokens"
             )
-        return GenerationRequest(self.engine.new_id(), ids, params, prompt if isinstance(prompt, str) else None)
+        return GenerationRequest(self.engine.new_id(), ids, params)
 
     def check_model(self, name: str) -> None:
         """Raises UnknownModelError, naming what there is, for a model this server does not have."""
         if name not in self.names:
             raise UnknownModelError(f"the model {name!r} does not exist; this server has {', '.join(self.names)}")
 
-    def check_capacity(self, count: int = 1) -> None:
-        """Raises QueueFullError or EngineFailedError when so many more requests cannot be taken now."""
+    def check_capacity(self, count: int) -> None:
+        """Raises unless so many more requests can be taken now.
+
+        RequestError when they never can, ShuttingDownError, EngineFailedError, or QueueFullError.
+        """
+        if self.draining:
+            raise ShuttingDownError("the server is shutting down")
         if self.engine.failed is not None:
             raise EngineFailedError(self.engine.failed)
-        if self.engine.num_waiting + count > self.limits.max_queue:
+        most = self.engine.max_num_seqs + self.limits.max_queue
+        if count > most:
+            raise RequestError(f"{count} answers at once exceed the limit of {most}; ask for fewer")
+        if self.engine.num_unfinished + count > most:
             raise QueueFullError(f"the queue of {self.limits.max_queue} requests is full; try again later")
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[Piece]:
-        """The answer as it grows; closing it cancels the request.
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, without holding up other answers. Raises RequestError for text that is not Unicode."""
+        return await self._on_thread_if_long(self.tokenizer.encode, text)
 
-        Raises EngineFailedError when the step failed, RequestTimeoutError when it takes too long.
+    async def encode_without_bos(self, text: str) -> list[int]:
+        """Token ids of the text alone; as `encode` otherwise."""
+        return await self._on_thread_if_long(self.tokenizer.encode_without_bos, text)
+
+    async def _on_thread_if_long(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        return encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(encode, text)
+
+    def answer(self, requests: Sequence[GenerationRequest], *, whole: bool = False) -> Answer:
+        """Begin to answer; must be closed. whole: the answer is wanted at once, not as it grows.
+
+        Raises as `check_capacity`.
         """
-        feed = _TextFeed(self.tokenizer, request.params.stop)
-        watch = self.metrics.watch(len(request.prompt_token_ids))
-        try:
-            async with asyncio.timeout(self.limits.request_timeout_s):
-                async for delta in self.engine.generate(request):
-                    if delta.error is not None:
-                        raise EngineFailedError(delta.error)
-                    if delta.token_ids:
-                        watch.tokens(len(delta.token_ids))
-                    if delta.output is not None and request.params.stop:
-                        texts = [""] * len(delta.token_ids)  # NOTE: the last tokens' text may reach past the stop
-                    else:
-                        texts = [feed.push(token_id) for token_id in delta.token_ids]
-                    if delta.output is not None:
-                        if texts:
-                            texts[-1] += feed.rest(delta.output.text)
-                        watch.finished(delta.output.finish_reason)
-                    logprobs: Sequence[dict[int, float] | None] = delta.logprobs or [None] * len(texts)
-                    tokens = [Token(*parts) for parts in zip(delta.token_ids, texts, logprobs, strict=True)]
-                    yield Piece(tokens, delta.output)
-        except TimeoutError:
-            raise RequestTimeoutError(f"the request took longer than {self.limits.request_timeout_s:g} s") from None
-        finally:
+        self.check_capacity(len(requests))
+        return Answer(self, requests, whole=whole)
+
+    async def collect(
+        self, receive: Receive, requests: Sequence[GenerationRequest]
+    ) -> list[tuple[list[Token], RequestOutput]]:
+        """The whole answers, in the order of the requests.
+
+        Raises as `answer` and `Answer.steps`; ClientGoneError when the client leaves, which cancels everything.
+        """
+        answer = self.answer(requests, whole=True)
+        with answer.ends_with_client(receive):
+            tokens: list[list[Token]] = [[] for _ in requests]
+            outputs: dict[int, RequestOutput] = {}
+            async for step in answer.steps():
+                for index, piece in step:
+                    tokens[index] += piece.tokens
+                    if piece.output is not None:
+                        outputs[index] = piece.output
+        return [(tokens[index], outputs[index]) for index in range(len(requests))]
+
+
+class Answer:
+    """Requests that are being answered together: their text as it grows, and their end."""
+
+    def __init__(self, service: Service, requests: Sequence[GenerationRequest], *, whole: bool) -> None:
+        self._requests = requests
+        self._feeds = [_TextFeed(service.tokenizer, request.params.stop) for request in requests]
+        self._watches = [service.metrics.watch(len(request.prompt_token_ids)) for request in requests]
+        self._stream = service.engine.submit(
+            requests, lambda index, delta: self._watches[index].observe(delta), whole=whole
+        )
+        self._timer: asyncio.TimerHandle | None = None
+        limit_s = service.limits.request_timeout_s
+        if limit_s is not None:
+            error = RequestTimeoutError(f"the request took longer than the limit of {limit_s:g} s")
+            self._timer = asyncio.get_running_loop().call_later(limit_s, self._stream.fail, error)
+
+    async def steps(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """What was gained since the last time, as (index of the request, piece), each index at most once.
+
+        Raises EngineFailedError when a step failed, RequestTimeoutError when it takes too long, ClientGoneError after
+        `close`.
+        """
+        while taken := await self._stream.take():
+            pieces: dict[int, Piece] = {}
+            for index, delta in taken:
+                piece, before = self._piece(index, delta), pieces.get(index)
+                pieces[index] = piece if before is None else Piece([*before.tokens, *piece.tokens], piece.output)
+            yield list(pieces.items())
+
+    def close(self) -> None:
+        """Cancel what is not over yet."""
+        self._stream.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        for watch in self._watches:
             watch.close()
 
-    async def collect(self, http: Request, request: GenerationRequest) -> tuple[list[Token], RequestOutput]:
-        """The whole answer. Raises ClientGoneError, having cancelled the request, when the client leaves."""
+    @contextmanager
+    def ends_with_client(self, receive: Receive) -> Iterator[None]:
+        """Closes the answer when the block is left, or as soon as the client disconnects."""
+        gone = asyncio.ensure_future(_disconnect(receive))
+        gone.add_done_callback(lambda _: self.close())
+        try:
+            yield
+        finally:
+            gone.cancel()
+            self.close()
 
-        async def gather() -> tuple[list[Token], RequestOutput]:
-            tokens: list[Token] = []
-            async for piece in self.stream(request):
-                tokens += piece.tokens
-                if piece.output is not None:
-                    return tokens, piece.output
-            raise EngineFailedError("the answer ended early")
-
-        return await unless_gone(http, gather())
-
-
-async def unless_gone(http: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client disconnects first."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(http))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError
-    finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+    def _piece(self, index: int, delta: Delta) -> Piece:
+        feed, output = self._feeds[index], delta.output
+        if output is not None and self._requests[index].params.stop:
+            texts = [""] * len(delta.token_ids)  # NOTE: the last tokens' text may reach past the stop
+        else:
+            texts = [feed.push(token_id) for token_id in delta.token_ids]
+        if output is not None and texts:
+            texts[-1] += feed.rest(output.text)
+        logprobs: Sequence[dict[int, float] | None] = delta.logprobs or [None] * len(texts)
+        return Piece([Token(*parts) for parts in zip(delta.token_ids, texts, logprobs, strict=True)], output)
 
 
-async def _disconnect(http: Request) -> None:
-    message: Any = None
-    while message != "http.disconnect":
-        message = (await http.receive())["type"]
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class _TextFeed:

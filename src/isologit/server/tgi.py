@@ -10,14 +10,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from isologit import __version__
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.errors import RequestError
 from isologit.server.engine_thread import EngineFailedError
-from isologit.server.service import Service, Token
+from isologit.server.responses import StreamedAnswer
+from isologit.server.service import Answer, Service, Token
 
 _DEFAULT_NEW_TOKENS = 100
 _MOST_STOPS = 16
@@ -91,21 +92,20 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["tgi"])
 
     async def whole(body: GenerateRequest, http: Request) -> dict[str, Any]:
-        request = _request(service, body)
-        service.check_capacity()
-        tokens, output = await service.collect(http, request)
+        request = await _request(service, body)
+        [(tokens, output)] = await service.collect(http.receive, [request])
         answer: dict[str, Any] = {"generated_text": body.echoed + output.text}
         if body.asked.details:
-            shown = {"prefill": [], "tokens": [_token(service, token) for token in tokens]}
+            shown: dict[str, Any] = {"prefill": [], "tokens": [_token(service, token) for token in tokens]}
             if body.asked.top_n_tokens:
                 shown["top_tokens"] = [_top_tokens(service, token, body.asked.top_n_tokens) for token in tokens]
             answer["details"] = {**_details(request, output), **shown}
         return answer
 
-    def streamed(body: GenerateRequest) -> Response:
-        request = _request(service, body)
-        service.check_capacity()
-        return StreamingResponse(_events(service, request, body), media_type="text/event-stream")
+    async def streamed(body: GenerateRequest) -> Response:
+        request = await _request(service, body)
+        answer = service.answer([request])
+        return StreamedAnswer(answer, _events(service, answer, request, body))
 
     @routes.post("/generate")
     async def generate(body: GenerateRequest, http: Request) -> Response:
@@ -113,11 +113,11 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/generate_stream")
     async def generate_stream(body: GenerateRequest) -> Response:
-        return streamed(body)
+        return await streamed(body)
 
     @routes.post("/")
     async def either(body: GenerateRequest, http: Request) -> Response:
-        return streamed(body) if body.stream else JSONResponse([await whole(body, http)])
+        return await streamed(body) if body.stream else JSONResponse([await whole(body, http)])
 
     @routes.get("/info")
     async def info() -> dict[str, Any]:
@@ -147,7 +147,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _request(service: Service, body: GenerateRequest) -> GenerationRequest:
+async def _request(service: Service, body: GenerateRequest) -> GenerationRequest:
     asked = body.asked
     asked.refuse_unsupported()
     params = SamplingParams(
@@ -161,9 +161,9 @@ def _request(service: Service, body: GenerateRequest) -> GenerationRequest:
         ignore_eos=bool(asked.ignore_eos_token),
         logprobs=asked.top_n_tokens or 0,
     )
-    if asked.truncate is None:
-        return service.request(body.inputs, params)
-    return service.request(service.tokenizer.encode(body.inputs)[-asked.truncate :], params)
+    service.check_capacity(1)
+    ids = await service.prompt_ids(body.inputs)
+    return service.request(ids if asked.truncate is None else ids[-asked.truncate :], params)
 
 
 def _token(service: Service, token: Token) -> dict[str, Any]:
@@ -184,11 +184,14 @@ def _details(request: GenerationRequest, output: RequestOutput) -> dict[str, Any
     return {"finish_reason": reason, "generated_tokens": len(output.token_ids), "seed": request.params.seed}
 
 
-async def _events(service: Service, request: GenerationRequest, body: GenerateRequest) -> AsyncIterator[str]:
+async def _events(
+    service: Service, answer: Answer, request: GenerationRequest, body: GenerateRequest
+) -> AsyncIterator[str]:
     """One event a token; the last holds the whole text. Lines are ASCII: some clients also split at U+2028."""
     count, number = body.asked.top_n_tokens, 0
     try:
-        async for piece in service.stream(request):
+        async for [(_, piece)] in answer.steps():
+            events = []
             for token, output in _with_output(piece.tokens, piece.output):
                 number += 1
                 event: dict[str, Any] = {"index": number, "token": _token(service, token)}
@@ -200,7 +203,8 @@ async def _events(service: Service, request: GenerationRequest, body: GenerateRe
                     if body.asked.details:
                         details = _details(request, output)
                         event["details"] = {**details, "input_length": len(request.prompt_token_ids)}
-                yield f"data:{json.dumps(event)}\n\n"
+                events.append(f"data:{json.dumps(event)}\n\n")
+            yield "".join(events)
     except EngineFailedError as error:
         yield f"data:{json.dumps({'error': str(error), 'error_type': 'generation'})}\n\n"
 
