@@ -9,19 +9,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from isologit.config import EngineConfig, ModelConfig, SpeculativeConfig, load_model_config
 from isologit.engine.blocks import BlockPool
+from isologit.engine.calibration import CALIBRATION_ROWS, StepTimes, measure_step_times
+from isologit.engine.draft_model import DraftModelProposer
 from isologit.engine.loop import EngineLoop, StepRecord
-from isologit.engine.planner import Plan, StepCost, plan
+from isologit.engine.planner import Plan, plan
 from isologit.engine.request import GenerationRequest, RequestMetrics, RequestOutput, SamplingParams
 from isologit.engine.runner import Runner
 from isologit.engine.scheduler import Scheduler, SchedulerConfig
-from isologit.engine.speculation import NGramProposer
-from isologit.errors import ConfigError, RequestError
-from isologit.model.batch import FlatBatch
+from isologit.engine.speculation import NGramProposer, Proposer
+from isologit.errors import ConfigError, ModelError, RequestError
 from isologit.model.checkpoint import Checkpoint, open_checkpoint
 from isologit.model.dummy import dummy_checkpoint
 from isologit.model.llama_cpu import LlamaCPU
@@ -29,9 +29,6 @@ from isologit.model.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Mapping[str, Any]
 
-_CALIBRATION_ROWS = (1, 8, 32, 128)
-_LONGEST_CALIBRATION_STEP_S = 0.5
-_HOST_SECONDS = 2e-4  # scheduling and commit of one step
 _PREFIX_CACHE_BLOCKS = 64  # blocks beyond what running requests can need, so that finished prefixes stay a while
 _OPEN_SLOTS, _OPEN_ROWS = 128, 512  # of a loop whose requests are not known, unless the options say otherwise
 _DEFAULT_KV_SHARE = 0.5  # of the memory that is free when the model is loaded
@@ -79,27 +76,42 @@ class LLM:
         self.tokenizer: Tokenizer | None = load_tokenizer(Path(tokenizer) if tokenizer else self.checkpoint.source)
         self.num_threads = num_threads or len(os.sched_getaffinity(0))
         self.max_model_len = self.config.max_position_embeddings
-        self._model = LlamaCPU(
-            self.config,
-            self.checkpoint.tensors,
-            max_model_len=self.max_model_len,
-            max_num_batched_tokens=max_num_batched_tokens or 1,
-            num_threads=self.num_threads,
-        )
-        self._reserved_tokens = max_num_batched_tokens or 1
+        self._model = self._load(self.checkpoint)
+        self._draft = self._load_draft(load_format)
+        self._models = [self._model] if self._draft is None else [self._model, self._draft]
         budget = kv_cache_memory_bytes or int(psutil.virtual_memory().available * _DEFAULT_KV_SHARE)
-        self.max_kv_blocks = budget // self._model.kv_bytes_per_block()
-        self._num_kv_blocks = 0
-        self._step_cost: StepCost | None = None
-        self._rows: list[int] = []  # calibrated step sizes, and the seconds each took
-        self._row_seconds: list[float] = []
+        self.max_kv_blocks = budget // self._kv_bytes_per_block()
+        self._num_kv_blocks = self._reserved_tokens = 0
+        self._step_times: list[StepTimes] = []
         self._loop: EngineLoop | None = None
         self.last_plan: Plan | None = None
         self.step_records: list[StepRecord] = []
 
+    def _load(self, checkpoint: Checkpoint) -> LlamaCPU:
+        return LlamaCPU(
+            checkpoint.config, checkpoint.tensors, max_model_len=self.max_model_len, num_threads=self.num_threads
+        )
+
+    def _load_draft(self, load_format: str) -> LlamaCPU | None:
+        """The draft model, if one is asked for. Raises ModelError when its vocabulary is another one."""
+        speculative = self.engine_config.speculative
+        if speculative is None or speculative.model is None:
+            return None
+        checkpoint = _open(speculative.model, load_format, None, self.engine_config.seed)
+        if checkpoint.config.vocab_size != self.config.vocab_size:
+            raise ModelError(
+                f"{speculative.model}: a draft model needs the vocabulary of the model it guesses for, but it has "
+                f"{checkpoint.config.vocab_size} tokens instead of {self.config.vocab_size}"
+            )
+        return self._load(checkpoint)
+
+    def _kv_bytes_per_block(self) -> int:
+        return sum(model.kv_bytes_per_block() for model in self._models)
+
     def close(self) -> None:
         """Free the worker threads."""
-        self._model.close()
+        for model in self._models:
+            model.close()
 
     # -- what can run ---------------------------------------------------------------------------------------------
 
@@ -126,8 +138,8 @@ class LLM:
         if self._blocks_of(request) > self.max_kv_blocks:
             raise RequestError(
                 f"request {request.request_id}: its keys and values need "
-                f"{self._blocks_of(request) * self._model.kv_bytes_per_block() >> 20} MiB and only "
-                f"{self.max_kv_blocks * self._model.kv_bytes_per_block() >> 20} MiB are available; "
+                f"{self._blocks_of(request) * self._kv_bytes_per_block() >> 20} MiB and only "
+                f"{self.max_kv_blocks * self._kv_bytes_per_block() >> 20} MiB are available; "
                 "shorten it or raise kv_cache_memory_bytes"
             )
 
@@ -205,7 +217,6 @@ class LLM:
         try:
             while loop.has_work():
                 yield from loop.step()
-                self._price_drafts(loop)
         finally:
             self._loop = None
 
@@ -221,7 +232,7 @@ class LLM:
             lengths,
             num_blocks=self.max_kv_blocks,
             block_size=self._model.block_size,
-            cost=self._cost(),
+            cost=self._calibrated()[0].step_cost(),
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             longest_first=options.longest_first,
@@ -245,20 +256,8 @@ class LLM:
         return self._loop_of(slots, rows, min(self.max_kv_blocks, slots * blocks_each), time.perf_counter())
 
     def _loop_of(self, slots: int, rows: int, num_blocks: int, zero_s: float) -> EngineLoop:
-        if num_blocks > self._num_kv_blocks:
-            self._model.allocate_kv(num_blocks)
-            self._num_kv_blocks = num_blocks
-        if rows > self._reserved_tokens:
-            self._model.reserve(rows)
-            self._reserved_tokens = rows
+        self._make_room(num_blocks, rows)
         options = self.engine_config
-        proposer = None
-        if options.speculative is not None:
-            proposer = NGramProposer(
-                max_ngram=options.speculative.prompt_lookup_max,
-                min_ngram=options.speculative.prompt_lookup_min,
-                max_draft=options.speculative.num_speculative_tokens,
-            )
         pool = BlockPool(num_blocks, self._model.block_size, enable_prefix_caching=options.enable_prefix_caching)
         config = SchedulerConfig(
             max_num_seqs=slots,
@@ -266,56 +265,49 @@ class LLM:
             eos_token_ids=self.config.eos_token_ids,
             max_model_len=self.max_model_len,
         )
-        scheduler = Scheduler(config, pool, proposer)
+        scheduler = Scheduler(config, pool, self._make_proposer(rows))
         return EngineLoop(scheduler, Runner(self._model), self.tokenizer, seed=options.seed, zero_s=zero_s)
 
-    def _price_drafts(self, loop: EngineLoop) -> None:
-        """Tell the proposer what one more row costs now, in units of what a token costs now."""
-        proposer = loop.scheduler.proposer
-        if not isinstance(proposer, NGramProposer) or len(self._rows) < 2:
-            return
-        rows = max(1, loop.scheduler.num_running)
-        if rows >= self._rows[-1]:
-            proposer.marginal_row_cost = 1.0  # arithmetic-bound: another row costs as much as any
-            return
-        now, more = np.interp([rows, rows + 1], self._rows, self._row_seconds)
-        proposer.marginal_row_cost = float((more - now) / (now / rows))
+    def _make_room(self, num_blocks: int, rows: int) -> None:
+        """Memory of both models for so many blocks and rows of a step; it only ever grows."""
+        for model in self._models:
+            if num_blocks > self._num_kv_blocks:
+                model.allocate_kv(num_blocks)
+            if rows > self._reserved_tokens:
+                model.reserve(rows)
+        self._num_kv_blocks = max(num_blocks, self._num_kv_blocks)
+        self._reserved_tokens = max(rows, self._reserved_tokens)
+
+    def _make_proposer(self, max_rows: int) -> Proposer | None:
+        options = self.engine_config.speculative
+        if options is None:
+            return None
+        # NOTE: calibration writes into the key/value memory, so it must be over before anything runs.
+        target, *drafts = self._calibrated()
+
+        def guess_cost(rows: int) -> float:
+            """One more row of the step, and one of the draft model's steps shared by all."""
+            return target.row_cost(rows) + sum(d.seconds_of(rows) for d in drafts) / target.seconds_of(rows)
+
+        longest = options.num_speculative_tokens
+        if self._draft is not None:
+            return DraftModelProposer(self._draft, guess_cost, max_rows=max_rows, max_draft=longest)
+        sizes = {"max_ngram": options.prompt_lookup_max, "min_ngram": options.prompt_lookup_min}
+        return NGramProposer(guess_cost, max_draft=longest, **sizes)
 
     # -- speed ----------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compile the kernels and measure what steps of different sizes cost (about two seconds once compiled)."""
-        largest = _CALIBRATION_ROWS[-1]
-        if self._num_kv_blocks <= largest:
-            self._num_kv_blocks = min(self.max_kv_blocks, largest + 1)
-            self._model.allocate_kv(self._num_kv_blocks)
-        if self._reserved_tokens < largest:
-            self._model.reserve(largest)
-            self._reserved_tokens = largest
-        rows: list[int] = []
-        seconds: list[float] = []
-        for count in _CALIBRATION_ROWS:
-            if count >= self._num_kv_blocks or (seconds and seconds[-1] > _LONGEST_CALIBRATION_STEP_S):
-                break
-            batch = _calibration_batch(count, self.config.vocab_size, self._model.block_size)
-            self._model.forward(batch)
-            times: list[float] = []
-            while len(times) < 2 or (len(times) < 7 and sum(times) < 0.2):
-                start = time.perf_counter()
-                self._model.forward(batch)
-                times.append(time.perf_counter() - start)
-            rows.append(count)
-            seconds.append(max([float(np.median(times)), *seconds]))
-        per_row = (seconds[-1] - seconds[0]) / (rows[-1] - rows[0]) if len(rows) > 1 else seconds[0] if seconds else 1.0
-        self._rows, self._row_seconds = rows, seconds
-        fixed = (seconds[0] if seconds else 0.0) + _HOST_SECONDS
-        self._step_cost = StepCost(fixed_s=fixed, per_row_s=max(per_row, 1e-9), stream_s=0.0)
+        """Compile the kernels and measure what steps of different sizes cost (about a second once compiled)."""
+        rows = max(1, min(CALIBRATION_ROWS[-1], self.max_kv_blocks))
+        self._make_room(rows, rows)
+        self._step_times = [measure_step_times(model, self.config.vocab_size, rows) for model in self._models]
 
-    def _cost(self) -> StepCost:
-        if self._step_cost is None:
+    def _calibrated(self) -> list[StepTimes]:
+        """Of the model, and of the draft model if there is one."""
+        if not self._step_times:
             self.warm_up()
-        assert self._step_cost is not None
-        return self._step_cost
+        return self._step_times
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds that the last run's steps spent in each part of the model, waiting between threads included."""
@@ -332,13 +324,14 @@ class LLM:
             "weight_bytes": self._model.weight_bytes(),
             "block_size": self._model.block_size,
             "num_kv_blocks": self._num_kv_blocks,
-            "kv_bytes": self._num_kv_blocks * self._model.kv_bytes_per_block(),
+            "kv_bytes": self._num_kv_blocks * self._kv_bytes_per_block(),
             "num_threads": self.num_threads,
             "max_num_seqs": last.max_num_seqs if last else options.max_num_seqs,
             "max_num_batched_tokens": last.max_num_batched_tokens if last else options.max_num_batched_tokens,
             "enable_prefix_caching": options.enable_prefix_caching,
             "order": "longest-first" if options.longest_first else "given",
             "num_speculative_tokens": options.speculative.num_speculative_tokens if options.speculative else 0,
+            "draft_model": options.speculative.model if options.speculative else None,
         }
 
 
@@ -355,20 +348,6 @@ def _expected_tokens(request: GenerationRequest) -> int:
     if request.replay_token_ids is not None:
         return max(1, min(len(request.replay_token_ids), request.params.max_tokens))
     return request.params.max_tokens
-
-
-def _calibration_batch(rows: int, vocab_size: int, block_size: int) -> FlatBatch:
-    """`rows` decode tokens of as many sequences, each with a context of one block."""
-    index = np.arange(rows)
-    position = block_size - 1
-    return FlatBatch(
-        token_ids=index % vocab_size,
-        positions=np.full(rows, position),
-        slots=(index + 1) * block_size + position,
-        sequences=np.stack([index, np.ones_like(index), np.full(rows, position)], axis=1),
-        block_tables=(index + 1)[:, None],
-        logits_rows=index,
-    )
 
 
 def _with_progress(outputs: Iterator[RequestOutput], total: int, show: bool) -> Iterator[RequestOutput]:

@@ -95,7 +95,14 @@ class NoisyProposer:
         self.random = random.Random(seed)
         self.known: set[str] = set()
 
-    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
+    def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
+        drafts = []
+        for seq, limit in wanted:
+            drafts.append(self.guess(seq, min(limit, budget)) if min(limit, budget) > 0 else [])
+            budget -= len(drafts[-1])
+        return drafts
+
+    def guess(self, seq: Sequence, max_tokens: int) -> list[int]:
         self.known.add(seq.request.request_id)
         tokens, wanted = list(seq.token_ids), self.random.randint(0, min(max_tokens, 5))
         for _ in range(wanted):
@@ -113,7 +120,7 @@ class NoisyProposer:
 class Oracle(NoisyProposer):
     """Always right, and as long as it may be."""
 
-    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
+    def guess(self, seq: Sequence, max_tokens: int) -> list[int]:
         tokens = list(seq.token_ids)
         for _ in range(max_tokens):
             tokens.append(toy_model(tuple(tokens)))
@@ -323,7 +330,7 @@ def test_shared_blocks_let_a_request_in_that_would_not_fit_alone() -> None:
 
 def test_tokens_after_the_end_are_cut_and_the_reason_is_kept() -> None:
     class Fixed(NoisyProposer):
-        def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
+        def guess(self, seq: Sequence, max_tokens: int) -> list[int]:
             return [3, 0, 2][:max_tokens]
 
     for stop, reason in (([], None), ([3], 3)):

@@ -9,19 +9,27 @@ from isologit.errors import ConfigError
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """Prompt lookup: propose what followed the last occurrence of the current n-gram in prompt and output.
+    """How tokens are guessed ahead; names as in vLLM.
 
+    "ngram" is prompt lookup: what followed the last occurrence of the current n-gram in prompt and output is proposed
+    again. "draft_model" asks a smaller `model` of the same vocabulary. None takes the one that `model` calls for.
     `num_speculative_tokens` bounds one proposal; the proposer shortens it by what it learns of each request.
     """
 
-    method: str = "ngram"
+    method: str | None = None
+    model: str | None = None
     num_speculative_tokens: int = 8
     prompt_lookup_max: int = 3
     prompt_lookup_min: int = 2
 
     def __post_init__(self) -> None:
-        if self.method != "ngram":
-            raise ConfigError(f'speculative_config: method "{self.method}" is unknown; use "ngram"')
+        fitting = "ngram" if self.model is None else "draft_model"
+        if self.method is None:
+            object.__setattr__(self, "method", fitting)
+        if self.method not in ("ngram", "draft_model"):
+            raise ConfigError(f'speculative_config: method "{self.method}" is unknown; use "ngram" or "draft_model"')
+        if self.method != fitting:
+            raise ConfigError('speculative_config: a model goes with method "draft_model", and only with it')
         if not 1 <= self.num_speculative_tokens <= 64:
             raise ConfigError("speculative_config: num_speculative_tokens must be between 1 and 64")
         if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:

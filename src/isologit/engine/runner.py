@@ -58,7 +58,7 @@ class Runner:
             seq, start = scheduled.seq, scheduled.start
             sequences[i] = (len(token_ids), scheduled.num_tokens, start)
             drafts = scheduled.draft_token_ids
-            if scheduled.num_tokens == 1:
+            if scheduled.num_tokens == 1 and not drafts:
                 token_ids.append(seq.token_ids[start])
             else:
                 token_ids += seq.token_ids[start : start + scheduled.num_tokens - len(drafts)]

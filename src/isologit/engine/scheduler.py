@@ -191,14 +191,15 @@ class Scheduler:
 
     def _add_drafts(self, proposer: Proposer, scheduled: list[ScheduledSequence], budget: int) -> int:
         """Extend decode rows by drafts; returns the rows that took."""
-        num_drafts = 0
+        if budget < 1:
+            return 0
+        wanted = []
         for entry in scheduled:
             seq = entry.seq
             known = len(seq.token_ids)
-            limit = min(budget - num_drafts, seq.max_total_tokens - known - 1)
-            if limit < 1 or known < seq.drafts_from:
-                continue
-            drafts = proposer.propose(seq, limit)
+            wanted.append((seq, seq.max_total_tokens - known - 1 if known >= seq.drafts_from else 0))
+        num_drafts = 0
+        for entry, drafts in zip(scheduled, proposer.propose(wanted, budget), strict=True):
             if drafts:
                 entry.draft_token_ids = drafts
                 entry.num_tokens = entry.num_logits = 1 + len(drafts)

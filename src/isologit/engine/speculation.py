@@ -1,11 +1,11 @@
-"""Guessing the next tokens of a request so that one step can verify several. Never changes what is generated.
+"""Guessing the next tokens of requests so that one step can verify several. Never changes what is generated.
 
-`NGramProposer` is prompt lookup decoding (Saxena 2023): what followed the last occurrence of the current n-gram in the
-request's own prompt and output is proposed again. No model is involved.
+Owns what every proposer shares, above all how long a guess may be, and `NGramProposer`, which needs no model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,12 +16,18 @@ _DECAY = 0.85  # weight a verification keeps when the next one arrives
 _PRIOR_HITS, _PRIOR_TRIALS = 1.0, 2.0  # a new request's guesses are taken to be right half of the time
 _MAX_WAIT = 31  # calls without a guess between two retries, at most
 
+# Time of one more guess in a step of so many rows, relative to what a token costs now: 0 is free, 1 as much as a token.
+RowCost = Callable[[int], float]
+
 
 class Proposer(Protocol):
     """What the scheduler needs of a proposer."""
 
-    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
-        """At most `max_tokens` guesses for what follows `seq.token_ids`; empty if there is nothing worth a row."""
+    def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
+        """Guesses for what follows each sequence that has a row in the next step, empty where none is worth a row.
+
+        wanted: (sequence, most guesses it can use, perhaps 0). The guesses are at most `budget` in all.
+        """
 
     def observe(self, seq: Sequence, proposed: int, accepted: int) -> None:
         """Of `proposed` guesses the first `accepted` were right."""
@@ -31,87 +37,126 @@ class Proposer(Protocol):
 
 
 @dataclass(slots=True)
-class _History:
-    """What is known of one request: where its n-grams occurred, and how its guesses fared."""
+class _Record:
+    """How the guesses for one request fared."""
 
-    follow: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram -> position after its last occurrence
-    num_indexed: int = 0  # n-grams that end up to here are in `follow`
-    found: int | None = None  # result of the look-up at `num_indexed`
     hits: float = _PRIOR_HITS
     trials: float = _PRIOR_TRIALS
     misses: int = 0  # verifications in a row without a single right guess
     wait: int = 0  # calls to let pass before the next guess
 
 
-class NGramProposer:
-    """Prompt lookup with a length that adapts to each request and to what a row costs.
+class DraftLengths:
+    """How many guesses each request is worth, from how its guesses fared and from what one more costs now.
 
-    The caller sets `marginal_row_cost`: the time of one more row of the step relative to the time a token is worth now
-    (0 = rows are free). If guesses are right independently with probability p, the j-th is useful with probability
-    p**j (Leviathan et al. 2023), so a guess is extended while p**j exceeds that cost. p is an exponentially weighted
-    share of right guesses. A request whose guesses fail waits longer and longer before the next attempt. Raises
-    ConfigError for sizes below 1.
+    If guesses are right independently with probability p, the j-th is useful with probability p**j (Leviathan et al.
+    2023), so a guess is extended while p**j exceeds its cost. p is an exponentially weighted share of right guesses. A
+    request whose guesses fail waits longer and longer before the next attempt.
     """
 
-    def __init__(self, max_ngram: int = 3, min_ngram: int = 2, max_draft: int = 8) -> None:
-        if not (1 <= min_ngram <= max_ngram and max_draft >= 1):
-            raise ConfigError(
-                f"min_ngram ({min_ngram}) must be between 1 and max_ngram ({max_ngram}), and max_draft ({max_draft}) "
-                "at least 1"
-            )
+    def __init__(self, max_draft: int) -> None:
+        if max_draft < 1:
+            raise ConfigError(f"max_draft must be at least 1, not {max_draft}")
         self.max_draft = max_draft
-        self.marginal_row_cost = 0.0
-        self._sizes = range(min_ngram, max_ngram + 1)
-        self._histories: dict[str, _History] = {}
+        self._records: dict[str, _Record] = {}
 
-    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
-        """At most `max_tokens` guesses; costs time proportional to the tokens gained since the last call."""
-        if max_tokens < 1 or self.marginal_row_cost >= 1.0:
-            return []
-        history = self._histories.get(seq.request.request_id)
-        if history is None:
-            history = self._histories[seq.request.request_id] = _History()
-        if history.wait > 0:
-            history.wait -= 1
-            return []
-        position = self._find(history, seq.token_ids)
-        if position is None:
-            return []
-        length = self._affordable(history)
+    def is_due(self, seq: Sequence) -> bool:
+        """Whether the request may be guessed for in this step; a request that waits has waited one step more."""
+        record = self._records.get(seq.request.request_id)
+        if record is None or record.wait == 0:
+            return True
+        record.wait -= 1
+        return False
+
+    def choose(self, seq: Sequence, cost: float) -> int:
+        """How many guesses to make: at least one, as a probe, after which the request waits if it was not worth it."""
+        record = self._records.setdefault(seq.request.request_id, _Record())
+        rate = useful = record.hits / record.trials
+        length = 0
+        while length < self.max_draft and useful > cost:
+            length += 1
+            useful *= rate
         if length == 0:
-            length, history.wait = 1, _MAX_WAIT
-        return _continue_from(seq.token_ids, position, min(length, max_tokens))
+            length, record.wait = 1, _MAX_WAIT
+        return length
 
     def observe(self, seq: Sequence, proposed: int, accepted: int) -> None:
         """Learn from a verification. A guess after the first wrong one was never tried and does not count."""
-        history = self._histories[seq.request.request_id]
-        history.hits = history.hits * _DECAY + accepted
-        history.trials = history.trials * _DECAY + min(accepted + 1, proposed)
+        record = self._records[seq.request.request_id]
+        record.hits = record.hits * _DECAY + accepted
+        record.trials = record.trials * _DECAY + min(accepted + 1, proposed)
         if accepted > 0:
-            history.misses = 0
+            record.misses = 0
             return
-        history.misses += 1
-        history.wait = max(history.wait, min(2 ** (history.misses - 1) - 1, _MAX_WAIT))
+        record.misses += 1
+        record.wait = max(record.wait, min(2 ** (record.misses - 1) - 1, _MAX_WAIT))
 
     def forget(self, seq: Sequence) -> None:
         """Drop what is known of a finished sequence."""
-        self._histories.pop(seq.request.request_id, None)
+        self._records.pop(seq.request.request_id, None)
 
-    def _affordable(self, history: _History) -> int:
-        """How many guesses are worth their rows; 0 if not even the first."""
-        rate = useful = history.hits / history.trials
-        length = 0
-        while length < self.max_draft and useful > self.marginal_row_cost:
-            length += 1
-            useful *= rate
-        return length
 
-    def _find(self, history: _History, tokens: list[int]) -> int | None:
+@dataclass(slots=True)
+class _Index:
+    """Where the n-grams of one request occurred."""
+
+    follow: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram -> position after its last occurrence
+    num_indexed: int = 0  # n-grams that end up to here are in `follow`
+    found: int | None = None  # result of the look-up at `num_indexed`
+
+
+class NGramProposer:
+    """Prompt lookup decoding (Saxena 2023): what followed the last occurrence of the current n-gram comes again.
+
+    Looks through the request's own prompt and output. Raises ConfigError for sizes below 1.
+    """
+
+    def __init__(
+        self, row_cost: RowCost = lambda rows: 0.0, *, max_ngram: int = 3, min_ngram: int = 2, max_draft: int = 8
+    ) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise ConfigError(f"min_ngram ({min_ngram}) must be between 1 and max_ngram ({max_ngram})")
+        self._row_cost = row_cost
+        self._sizes = range(min_ngram, max_ngram + 1)
+        self._lengths = DraftLengths(max_draft)
+        self._indices: dict[str, _Index] = {}
+
+    def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
+        """Guesses by look-up; the time it takes is proportional to the tokens gained since the last call."""
+        drafts: list[list[int]] = [[] for _ in wanted]
+        cost = self._row_cost(len(wanted))
+        if cost >= 1.0:
+            return drafts
+        for i, (seq, limit) in enumerate(wanted):
+            limit = min(limit, budget)
+            if limit < 1 or not self._lengths.is_due(seq):
+                continue
+            position = self._find(seq)
+            if position is not None:
+                length = min(limit, self._lengths.choose(seq, cost))
+                drafts[i] = _continue_from(seq.token_ids, position, length)
+                budget -= length
+        return drafts
+
+    def observe(self, seq: Sequence, proposed: int, accepted: int) -> None:
+        """Learn from a verification."""
+        self._lengths.observe(seq, proposed, accepted)
+
+    def forget(self, seq: Sequence) -> None:
+        """Drop what is known of a finished sequence."""
+        self._lengths.forget(seq)
+        self._indices.pop(seq.request.request_id, None)
+
+    def _find(self, seq: Sequence) -> int | None:
         """Position after the most recent earlier occurrence of the longest known n-gram that ends the tokens."""
-        follow, length, sizes = history.follow, len(tokens), self._sizes
-        if history.num_indexed == length:
-            return history.found
-        for end in range(history.num_indexed + 1, length):
+        index = self._indices.get(seq.request.request_id)
+        if index is None:
+            index = self._indices[seq.request.request_id] = _Index()
+        tokens = seq.token_ids
+        follow, length, sizes = index.follow, len(tokens), self._sizes
+        if index.num_indexed == length:
+            return index.found
+        for end in range(index.num_indexed + 1, length):
             for size in sizes:
                 if size <= end:
                     follow[tuple(tokens[end - size : end])] = end
@@ -122,7 +167,7 @@ class NGramProposer:
                 # NOTE: looked up before it is entered, so only earlier occurrences are found; longer ones win.
                 found = follow.get(ngram, found)
                 follow[ngram] = length
-        history.num_indexed, history.found = length, found
+        index.num_indexed, index.found = length, found
         return found
 
 

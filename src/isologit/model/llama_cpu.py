@@ -208,7 +208,6 @@ class LlamaCPU:
         tensors: Mapping[str, torch.Tensor],
         *,
         max_model_len: int,
-        max_num_batched_tokens: int,
         num_threads: int,
     ) -> None:
         if config.attention_bias or config.mlp_bias:
@@ -223,7 +222,7 @@ class LlamaCPU:
         angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), rope_inv_freq(config))
         self._cos, self._sin = angles.cos().numpy().reshape(-1), angles.sin().numpy().reshape(-1)
         self._keys = self._values = np.zeros((config.num_hidden_layers, 0), np.float32)
-        self.reserve(max_num_batched_tokens)
+        self.reserve(1)
 
     def close(self) -> None:
         """End the worker threads; the model cannot be used afterwards."""
