@@ -87,6 +87,8 @@ def serve_command(
         asked = ContestConfig() if config is None else load_contest_config(config)
         for line in asked.ignored:
             print(f"{config}: {line}", file=sys.stderr)
+        if config is not None and model is None and asked.model is None:
+            raise ConfigError(f"{config}: names no model; add model_config.model_cfg_path, or give --model")
         if speculative_tokens < 0:
             raise ConfigError(f"--speculative-tokens must be at least 0, not {speculative_tokens}")
         code = serve(
@@ -99,9 +101,9 @@ def serve_command(
                 host=host or asked.host or _DEFAULT_HOST,
                 port=next(p for p in (port, asked.port, _DEFAULT_PORT) if p is not None),
                 api_key=api_key,
-                max_num_seqs=max_num_seqs or asked.max_num_seqs,
+                max_num_seqs=asked.max_num_seqs if max_num_seqs is None else max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
-                max_model_len=max_model_len or asked.max_model_len,
+                max_model_len=asked.max_model_len if max_model_len is None else max_model_len,
                 num_speculative_tokens=speculative_tokens,
                 enable_prefix_caching=enable_prefix_caching,
                 num_threads=threads,
