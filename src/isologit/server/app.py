@@ -1,24 +1,21 @@
-"""The application: all dialects on one service, and how errors become answers.
-
-Owns the limits that hold before a dialect is reached: the API key, the size of a body, and refusing while draining.
-"""
+"""The application: all dialects on one service, and how errors become answers."""
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from isologit import __version__
 from isologit.errors import ModelError, RequestError
 from isologit.server import llm_serving, openai_api, tgi
 from isologit.server.engine_thread import ClientGoneError, EngineFailedError
+from isologit.server.gate import Gate
+from isologit.server.responses import error_response
 from isologit.server.service import (
     QueueFullError,
     RequestTimeoutError,
@@ -27,11 +24,8 @@ from isologit.server.service import (
     UnknownModelError,
 )
 
-_OPEN_PATHS = frozenset({"/health"})  # no key is needed to see whether the server lives
-_RETRY_AFTER_S = "1"
 _CLIENT_CLOSED = 499
-_TGI_STATUSES = {400: 422, 500: 424}  # ours: theirs
-_TGI_KINDS = {401: "authentication", 404: "not_found", 424: "generation", 429: "overloaded"}
+_SHOWN_FAULTS = 5
 
 
 def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> FastAPI:
@@ -52,7 +46,7 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     _handle_errors(app)
-    app.add_middleware(_Gate, service=service)
+    app.add_middleware(Gate, service=service)
     return app
 
 
@@ -70,7 +64,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     def handler(status: int) -> Callable[[Request, Exception], Response]:
         def answer(http: Request, error: Exception) -> Response:
-            return _error(http.url.path, status, str(error))
+            return error_response(http.url.path, status, str(error))
 
         return answer
 
@@ -79,77 +73,13 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:
-        places = [f"{'.'.join(map(str, found['loc'][1:]))}: {found['msg']}" for found in error.errors()]
+        faults = error.errors()[:_SHOWN_FAULTS]
+        places = [f"{'.'.join(map(str, fault['loc'][1:]))}: {fault['msg']}" for fault in faults]
         status = 400 if http.url.path.startswith("/v1/") else 422
-        return _error(http.url.path, status, "; ".join(places))
+        return error_response(http.url.path, status, "; ".join(places))
 
-
-def _error(path: str, status: int, message: str) -> Response:
-    """An error in the form of the dialect the path belongs to."""
-    headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
-    body: dict[str, Any]
-    if path.startswith("/v1/"):
-        name = "invalid_request_error" if status < 500 else "internal_error"
-        body = {"error": {"message": message, "type": name, "param": None, "code": status}}
-    elif path.startswith("/models/"):
-        body = {"detail": message}
-    else:
-        status = _TGI_STATUSES.get(status, status)
-        body = {"error": message, "error_type": _TGI_KINDS.get(status, "validation" if status < 500 else "generation")}
-    return JSONResponse(body, status, headers)
-
-
-class _Gate:
-    """ASGI middleware before everything else; plain, so that streams pass through it untouched."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-        limit, seen, started, refused = self._service.limits.max_body_bytes, 0, False, False
-
-        async def limited() -> Message:
-            nonlocal seen, refused
-            message = await receive()
-            seen += len(message.get("body", b""))
-            refused = refused or seen > limit
-            return {"type": "http.disconnect"} if refused else message
-
-        async def sending(message: Message) -> None:
-            nonlocal started
-            if refused and not started:
-                started = True
-                await self._too_large(scope)(scope, receive, send)
-            elif not refused:
-                started = True
-                await send(message)
-
-        await self._app(scope, limited, sending)
-        if refused and not started:
-            await self._too_large(scope)(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> Response | None:
-        service, path = self._service, scope["path"]
-        headers = dict(scope["headers"])
-        if service.api_key is not None and path not in _OPEN_PATHS:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {service.api_key}".encode()):
-                return _error(path, 401, "the API key is missing or wrong; send Authorization: Bearer KEY")
-        if scope["method"] == "POST" and service.draining:
-            return _error(path, 503, "the server is shutting down")
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > service.limits.max_body_bytes:
-            return self._too_large(scope)
-        return None
-
-    def _too_large(self, scope: Scope) -> Response:
-        limit = self._service.limits.max_body_bytes
-        return _error(scope["path"], 413, f"the body is larger than the limit of {limit} bytes; send less at once")
+    @app.exception_handler(HTTPException)
+    async def refused(http: Request, error: HTTPException) -> Response:
+        response = error_response(http.url.path, error.status_code, error.detail)
+        response.headers.update(error.headers or {})
+        return response

@@ -9,22 +9,20 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from isologit.engine.loop import EngineLoop
 from isologit.engine.request import GenerationRequest, RequestOutput
 from isologit.errors import IsologitError, RequestError
+from isologit.server.logs import log_error
 
 _MOST_FAILURES_IN_A_ROW = 3
 _AGING_TOKENS_PER_S = 16.0  # longer requests go first, but a second of waiting is worth so many tokens
-
-logger = logging.getLogger(__name__)
 
 
 class EngineFailedError(IsologitError):
@@ -201,10 +199,8 @@ class AsyncEngine:
     def _call(self, what: Callable[..., None], *arguments: object) -> None:
         """Have something done on the event loop, if there still is one."""
         assert self._loop is not None
-        try:
+        with suppress(RuntimeError):  # the loop has ended before the engine
             self._loop.call_soon_threadsafe(what, *arguments)
-        except RuntimeError:
-            logger.debug("the event loop has ended before the engine")
 
     def _add(self, requests: Sequence[GenerationRequest]) -> None:
         for request in requests:
@@ -237,7 +233,7 @@ class AsyncEngine:
                     self._step()
         except Exception as error:  # NOTE: a thread that ended in silence would leave every client waiting
             self.failed = f"the engine stopped with {type(error).__name__}"
-            logger.error("%s\n%s", self.failed, _frames(error))
+            log_error("the engine stopped", error)
         if self.failed is not None:
             self._call(self._leave)
 
@@ -273,13 +269,8 @@ class AsyncEngine:
     def _fail_running(self, error: Exception) -> None:
         """Fail the requests that were running; the waiting ones are not touched, unless it keeps happening."""
         self._failures += 1
-        logger.error("a step failed with %s\n%s", type(error).__name__, _frames(error))
+        log_error("a step failed", error)
         lost = self.engine.drop_running()
         self._call(self._deliver_failure, lost, f"the step failed ({type(error).__name__}); please try again")
         if self._failures >= _MOST_FAILURES_IN_A_ROW:
             self.failed = f"{self._failures} steps in a row failed, the last with {type(error).__name__}"
-
-
-def _frames(error: Exception) -> str:
-    """Where an error came from. NOTE: not its message, which may hold a prompt."""
-    return "".join(traceback.format_tb(error.__traceback__)).rstrip()

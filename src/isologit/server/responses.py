@@ -1,14 +1,20 @@
-"""Responses that stream an answer and end with their client."""
+"""Responses all dialects share: a stream that ends with its client, and errors in each dialect's form."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from isologit.server.engine_thread import ClientGoneError
 from isologit.server.service import Answer
+
+_RETRY_AFTER_S = "1"
+_TGI_STATUSES = {400: 422, 500: 424}  # ours: theirs
+_TGI_KINDS = {401: "authentication", 404: "not_found", 424: "generation", 429: "overloaded"}
 
 
 class StreamedAnswer(Response):
@@ -33,3 +39,18 @@ class StreamedAnswer(Response):
             except ClientGoneError:
                 return
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def error_response(path: str, status: int, message: str) -> Response:
+    """An error in the form of the dialect the path belongs to. ASCII: a message may quote what has no encoding."""
+    headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
+    body: dict[str, Any]
+    if path.startswith("/v1/"):
+        name = "invalid_request_error" if status < 500 else "internal_error"
+        body = {"error": {"message": message, "type": name, "param": None, "code": status}}
+    elif path.startswith("/models/"):
+        body = {"detail": message}
+    else:
+        status = _TGI_STATUSES.get(status, status)
+        body = {"error": message, "error_type": _TGI_KINDS.get(status, "validation" if status < 500 else "generation")}
+    return Response(json.dumps(body), status, headers, media_type="application/json")

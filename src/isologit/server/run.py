@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import uvicorn
 from isologit.errors import ConfigError, ModelError
 from isologit.llm import LLM
 from isologit.server.app import create_app
+from isologit.server.connections import LONGEST_STALL_S, Connection, close_stalled
 from isologit.server.engine_thread import AsyncEngine
 from isologit.server.metrics import ServerMetrics
 from isologit.server.service import Limits, Service
@@ -23,6 +25,9 @@ from isologit.server.service import Limits, Service
 _CONTEST_NAMES = ("llama2", "internlm")  # paths the contest's clients post to
 _LAST_WORDS_S = 1.0  # for answers that say why, before a failed server leaves
 _POLL_S = 0.05
+_LONGEST_GOODBYE_S = 10.0  # for answers that are complete but not yet taken, when the server leaves
+_BACKLOG = 4096
+_SWITCH_S = 0.0005  # how long the threads of engine and network keep each other from Python's lock
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,22 @@ def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
     """The engine and its rules. Raises ModelError when the model has no tokenizer, ConfigError for bad limits."""
     if llm.tokenizer is None:
         raise ModelError("the model has no tokenizer, and a server needs one; name it with --tokenizer")
-    length = options.max_model_len or llm.max_model_len
+    length = llm.max_model_len if options.max_model_len is None else options.max_model_len
     if not 1 < length <= llm.max_model_len:
-        raise ConfigError(f"max_model_len must be between 2 and the model's context of {llm.max_model_len}")
+        raise ConfigError(
+            f"max_model_len (in a contest YAML seq_length and max_generate_length) must be between 2 and the model's "
+            f"context of {llm.max_model_len}, not {length}"
+        )
     for field in ("max_queue", "max_body_bytes"):
         if getattr(options, field) < 1:
             raise ConfigError(f"{field} must be at least 1, not {getattr(options, field)}")
+    if options.api_key == "":
+        raise ConfigError("the API key is empty; give one, or leave it out")
     if options.request_timeout_s is not None and not options.request_timeout_s > 0:
         raise ConfigError(f"request_timeout_s must be above 0, not {options.request_timeout_s}")
     engine = AsyncEngine(llm.open_loop())
+    blocks = engine.engine.scheduler.blocks
+    length = min(length, blocks.num_blocks * blocks.block_size + 1)  # the last token needs no room
     return Service(
         engine=engine,
         tokenizer=llm.tokenizer,
@@ -103,13 +115,21 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
         service = make_service(llm, options, name)
         say("warming up ...")
         llm.warm_up()
-        server = Server(service)
+        _allow_many_connections()
+        sys.setswitchinterval(_SWITCH_S)
         host, port = listener.getsockname()[:2]
-        say(f"serving {name} on http://{host}:{port} (llm-serving, OpenAI and TGI; /docs lists everything)")
-        server.run(sockets=[listener])
+        shown = f"[{host}]" if ":" in host else host
+        line = f"serving {name} on http://{shown}:{port} (llm-serving, OpenAI and TGI; /docs lists everything)"
+        Server(service, on_started=lambda: say(line)).run(sockets=[listener])
         return 0 if service.engine.failed is None else 1
     finally:
         llm.close()
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit on open files as far as the system lets us."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -117,9 +137,11 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise ConfigError(f"port must be between 0 and 65535, not {port}")
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        families = [found[0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        family = socket.AF_INET if socket.AF_INET in families else families[0]  # of "localhost", what clients try
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        close_stalled(listener, LONGEST_STALL_S)
         listener.bind((host, port))
     except OSError as error:
         raise ConfigError(
@@ -131,19 +153,34 @@ def bind(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, but the first signal drains and the second leaves at once."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, on_started: Callable[[], None] = lambda: None) -> None:
         self._service = service
+        self._on_started = on_started
+        self._draining: asyncio.Task[None] | None = None
         app = create_app(service, on_failure=self._failed)
         super().__init__(
-            uvicorn.Config(app, log_level="warning", access_log=False, backlog=4096, timeout_keep_alive=30)
+            uvicorn.Config(
+                app,
+                http=Connection,
+                log_level="warning",
+                access_log=False,
+                backlog=_BACKLOG,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=_LONGEST_GOODBYE_S,  # type: ignore[arg-type]
+            )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        self._on_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: answer what was taken, refuse what is new, then leave. Second: leave."""
         if self._service.draining:
             os._exit(130)
         self._service.draining = True
-        asyncio.get_running_loop().create_task(self._drain())
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
         while self._service.engine.num_unfinished:

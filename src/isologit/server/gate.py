@@ -1,0 +1,125 @@
+"""What every request meets first: the API key, the limits on its body, and the answer to an unexpected error.
+
+Plain ASGI, so that streams pass through untouched. It reads the body itself: what is too large, or does not come, never
+reaches a dialect, however it is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from isologit.server.logs import log_error
+from isologit.server.responses import error_response
+from isologit.server.service import Service
+
+_OPEN_PATHS = frozenset({"/health"})  # no key is needed to see whether the server lives
+_LONGEST_BODY_S = 30.0
+_DISCARDED_BODIES = 8  # of the largest size: so much of a refused body is read, so that its sender gets to the answer
+_LONGEST_DISCARD_S = 5.0
+
+
+class _DisconnectedError(Exception):
+    """The client left while it was sending."""
+
+
+class Gate:
+    """ASGI middleware before everything else."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def counting(message: Message) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                self._service.metrics.responses[message["status"]] += 1
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, counting)
+        except _DisconnectedError:
+            return
+        except Exception as error:
+            log_error("a request failed", error)
+            if not started:
+                answer = error_response(scope["path"], 500, f"internal error ({type(error).__name__})")
+                await answer(scope, receive, counting)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, headers = scope["path"], dict(scope["headers"])
+        refusal = self._refusal(scope["method"], path, headers)
+        body = b""
+        if refusal is None:
+            try:
+                async with asyncio.timeout(_LONGEST_BODY_S):
+                    body, whole = await _read(receive, self._service.limits.max_body_bytes)
+                refusal = None if whole else self._too_large()
+            except TimeoutError:
+                refusal = 408, f"the body did not arrive within {_LONGEST_BODY_S:g} s"
+        if refusal is not None:
+            if refusal[0] != 408 and b"expect" not in headers:
+                await self._discard(receive)
+            await error_response(path, *refusal)(scope, receive, send)
+            return
+        given = False
+
+        async def replaying() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replaying, send)
+
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        service = self._service
+        if service.api_key is not None and path not in _OPEN_PATHS:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, f"Bearer {service.api_key}".encode()):
+                return 401, "the API key is missing or wrong; send Authorization: Bearer KEY"
+        if method == "POST" and service.draining:
+            return 503, "the server is shutting down"
+        if int(headers.get(b"content-length", b"0")) > service.limits.max_body_bytes:
+            return self._too_large()
+        return None
+
+    def _too_large(self) -> tuple[int, str]:
+        limit = self._service.limits.max_body_bytes
+        return 413, f"the body is larger than the limit of {limit} bytes; send less at once"
+
+    async def _discard(self, receive: Receive) -> None:
+        try:
+            async with asyncio.timeout(_LONGEST_DISCARD_S):
+                await _read(receive, _DISCARDED_BODIES * self._service.limits.max_body_bytes, keep=False)
+        except TimeoutError:
+            return
+
+
+async def _read(receive: Receive, limit: int, *, keep: bool = True) -> tuple[bytes, bool]:
+    """The body as far as it does not exceed `limit` bytes, and whether that is all of it."""
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _DisconnectedError
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            return b"", False
+        if keep:
+            parts.append(part)
+        more = message.get("more_body", False)
+    return b"".join(parts), True
