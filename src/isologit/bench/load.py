@@ -26,6 +26,7 @@ from isologit.errors import UserError
 _CONNECT_S = 30.0
 _LONGEST_ANSWER_S = 6 * 3600.0
 _PROBE_S = 5.0
+_SLEEP_STEP_S = 0.001
 _SPARE_FILES = 128  # descriptors for everything that is not a connection
 _SHOWN = 300
 
@@ -147,9 +148,7 @@ class _Generator:
             try:
                 async with asyncio.TaskGroup() as group:
                     for record, body in zip(self._records, self._bodies, strict=True):
-                        wait = record.scheduled_s - self._now()
-                        if wait > 0:
-                            await asyncio.sleep(wait)
+                        await self._until(record.scheduled_s)
                         group.create_task(self._send(session, record, body))
             except* _ServerGone:
                 gone = True
@@ -209,6 +208,14 @@ class _Generator:
             return error.errno not in (errno.EMFILE, errno.ENFILE)  # those say that we are out of connections
         writer.close()
         return False
+
+    async def _until(self, due_s: float) -> None:
+        # NOTE: asyncio sleeps whole milliseconds, rounded up. Beside fast answers that is much, so the rest is polled.
+        wait = due_s - self._now() - _SLEEP_STEP_S
+        if wait > 0:
+            await asyncio.sleep(wait)
+        while self._now() < due_s:
+            await asyncio.sleep(0)
 
     def _now(self) -> float:
         return time.perf_counter() - self._zero

@@ -34,9 +34,9 @@ def throughput_against_rate(rates: Floats, requests: Floats, tokens: Floats, val
         _series(right, x, tokens, valid, ORANGE)
         top = 1.15 * max(float(np.nanmax(requests)), 1e-9)
         left.set_ylim(0, top)
-        left.annotate(
-            "all that is offered", (0.9 * top, 0.9 * top), textcoords="offset points", xytext=(6, 0), color=MUTED
-        )
+        name, place = "all that is offered", (0.9 * top, 0.9 * top)
+        side = {"xytext": (6, 0), "ha": "left"} if place[0] < edge / 2 else {"xytext": (-6, 0), "ha": "right"}
+        left.annotate(name, place, textcoords="offset points", color=MUTED, **side)
         right.set_ylim(0, None)
         for axes, title in ((left, "answered requests a second"), (right, "output tokens a second")):
             axes.set_title(title, loc="left", fontsize=10.5)

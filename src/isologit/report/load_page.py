@@ -96,8 +96,9 @@ def _subtitle(results: Sequence[LoadResult]) -> str:
 
 
 def _key_figures(results: Sequence[LoadResult]) -> list[KeyFigure]:
-    """Of the one run, or of the one with most answers a second among those that count."""
-    candidates = [result for result in results if result.verdict != "INVALID"]
+    """Of the one run, or of the one with most answers a second among those that count, or at least were answered."""
+    candidates = [result for result in results if _counts(result)]
+    candidates = candidates or [result for result in results if result.verdict != "INVALID"]
     if not candidates:
         return []
     best = max(candidates, key=lambda result: result.figure("request_throughput") or 0.0)
@@ -159,7 +160,7 @@ def _sweep_plots(results: Sequence[LoadResult]) -> list[Plot]:
     valid = np.array([_counts(result) for result in results])
     requests, tokens = _column(results, "request_throughput"), _column(results, "output_throughput")
     svg = load_figures.throughput_against_rate(rates, requests, tokens, valid)
-    caption = "Below the dotted line the server answers less than it is offered. Hollow points do not count."
+    caption = "Below the dotted line less is answered than offered, or the run was short. Hollow points do not count."
     plots = [Plot("throughput", "Throughput against rate", caption, Markup(svg))]
     panels = {
         title: _statistics(results, metric)
@@ -230,11 +231,12 @@ def _request_plots(requests: Requests, suffix: str) -> list[Plot]:
 
 
 def _facts(results: Sequence[LoadResult]) -> list[Table]:
-    """Options and environment of the first run; the others differ in their rate."""
+    """Options and environment that all runs have in common."""
     tables = []
     for key in _SHARED_FACTS:
-        found = results[0].data.get(key)
-        if isinstance(found, Mapping) and (rows := text.flatten(found)):
+        first, *others = [found if isinstance(found := result.data.get(key), Mapping) else {} for result in results]
+        common = {name: value for name, value in first.items() if all(one.get(name) == value for one in others)}
+        if rows := text.flatten(common):
             tables.append(Table(text.label(key).capitalize(), rows))
     files = [(result.name, str(_hash(result))) for result in results]
     return [*tables, Table("Files, with the hash of all answers", files)]
