@@ -17,8 +17,6 @@ from isologit.server.service import Service
 
 _OPEN_PATHS = frozenset({"/health"})  # no key is needed to see whether the server lives
 _LONGEST_BODY_S = 30.0
-_DISCARDED_BODIES = 8  # of the largest size: so much of a refused body is read, so that its sender gets to the answer
-_LONGEST_DISCARD_S = 5.0
 
 
 class _DisconnectedError(Exception):
@@ -59,18 +57,21 @@ class Gate:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"], dict(scope["headers"])
         refusal = self._refusal(scope["method"], path, headers)
-        body = b""
+        body: bytes | None = b""
         if refusal is None:
             try:
                 async with asyncio.timeout(_LONGEST_BODY_S):
-                    body, whole = await _read(receive, self._service.limits.max_body_bytes)
-                refusal = None if whole else self._too_large()
+                    body = await _read(receive, self._service.limits.max_body_bytes)
             except TimeoutError:
                 refusal = 408, f"the body did not arrive within {_LONGEST_BODY_S:g} s"
+        if body is None:
+            refusal = self._too_large()
         if refusal is not None:
-            if refusal[0] != 408 and b"expect" not in headers:
-                await self._discard(receive)
-            await error_response(path, *refusal)(scope, receive, send)
+            # NOTE: the server drops what is still on its way, so the client gets to read this
+            response = error_response(path, *refusal)
+            if response.status_code == 408:
+                response.headers["connection"] = "close"
+            await response(scope, receive, send)
             return
         given = False
 
@@ -79,7 +80,7 @@ class Gate:
             if given:
                 return await receive()
             given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": body or b"", "more_body": False}
 
         await self._app(scope, replaying, send)
 
@@ -99,27 +100,18 @@ class Gate:
         limit = self._service.limits.max_body_bytes
         return 413, f"the body is larger than the limit of {limit} bytes; send less at once"
 
-    async def _discard(self, receive: Receive) -> None:
-        try:
-            async with asyncio.timeout(_LONGEST_DISCARD_S):
-                await _read(receive, _DISCARDED_BODIES * self._service.limits.max_body_bytes, keep=False)
-        except TimeoutError:
-            return
 
-
-async def _read(receive: Receive, limit: int, *, keep: bool = True) -> tuple[bytes, bool]:
-    """The body as far as it does not exceed `limit` bytes, and whether that is all of it."""
+async def _read(receive: Receive, limit: int) -> bytes | None:
+    """The body, or None when it is longer than `limit` bytes."""
     parts: list[bytes] = []
     size, more = 0, True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise _DisconnectedError
-        part = message.get("body", b"")
-        size += len(part)
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
         if size > limit:
-            return b"", False
-        if keep:
-            parts.append(part)
+            return None
         more = message.get("more_body", False)
-    return b"".join(parts), True
+    return b"".join(parts)

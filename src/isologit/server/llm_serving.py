@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from isologit import __version__
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.server.engine_thread import EngineFailedError
+from isologit.server.fields import ListOf
 from isologit.server.responses import StreamedAnswer
 from isologit.server.service import Answer, RequestTimeoutError, Service, Token
 
@@ -44,7 +45,7 @@ class Parameters(BaseModel):
     return_full_text: bool | None = True
     return_protocol: str | None = "sse"
     seed: int | None = None
-    stop: list[str] | None = None
+    stop: ListOf[str] | None = None
 
 
 class ClientRequest(BaseModel):

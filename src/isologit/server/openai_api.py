@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from isologit.engine.request import GenerationRequest, SamplingParams
 from isologit.errors import RequestError
 from isologit.server.engine_thread import EngineFailedError
+from isologit.server.fields import ListOf
 from isologit.server.responses import StreamedAnswer
 from isologit.server.service import Answer, RequestTimeoutError, Service, Token
 
@@ -44,16 +45,16 @@ class _Common(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     n: int | None = Field(default=None, ge=1, le=_MOST_CHOICES)
     seed: int | None = Field(default=None, ge=0)
-    stop: str | list[str] | None = None
+    stop: str | ListOf[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     top_k: int | None = Field(default=None, ge=-1)
     repetition_penalty: float | None = Field(default=None, gt=0)
     min_tokens: int = Field(default=0, ge=0)
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: ListOf[int] = Field(default_factory=list)
     ignore_eos: bool = False
 
     def refuse_unsupported(self) -> None:
@@ -83,7 +84,7 @@ class _Common(BaseModel):
 class CompletionRequest(_Common):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     max_tokens: int | None = Field(default=None, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = False
@@ -107,7 +108,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | ListOf[dict[str, Any]] | None = None
 
     def flat(self) -> dict[str, Any]:
         """With its parts joined. Raises RequestError for parts that are not text."""
@@ -122,7 +123,7 @@ class Message(BaseModel):
 class ChatRequest(_Common):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[ListOf[Message], Field(min_length=1)]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = False

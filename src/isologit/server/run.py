@@ -25,7 +25,7 @@ from isologit.server.service import Limits, Service
 _CONTEST_NAMES = ("llama2", "internlm")  # paths the contest's clients post to
 _LAST_WORDS_S = 1.0  # for answers that say why, before a failed server leaves
 _POLL_S = 0.05
-_LONGEST_GOODBYE_S = 10.0  # for answers that are complete but not yet taken, when the server leaves
+_LONGEST_GOODBYE_S = 10  # for answers that are complete but not yet taken, when the server leaves
 _BACKLOG = 4096
 _SWITCH_S = 0.0005  # how long the threads of engine and network keep each other from Python's lock
 
@@ -166,7 +166,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 backlog=_BACKLOG,
                 timeout_keep_alive=30,
-                timeout_graceful_shutdown=_LONGEST_GOODBYE_S,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=_LONGEST_GOODBYE_S,
             )
         )
 
