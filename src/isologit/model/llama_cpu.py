@@ -23,7 +23,7 @@ from isologit.model.rope import rope_inv_freq
 from isologit.ops.cpu import (
     ADD,
     COUNTER_STRIDE,
-    PARTIAL_SIZE,
+    SCRATCH_SIZE,
     STORE,
     SWIGLU,
     argmax_row,
@@ -31,10 +31,12 @@ from isologit.ops.cpu import (
     barrier,
     interleave_gate_up,
     linear,
+    pack_tile,
     pack_weight,
     panel_count,
-    rms_norm_row,
+    rms_norm_tile,
     rotate_and_cache_row,
+    tile_height,
 )
 from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH, atomic_add, monotonic_ns
 
@@ -55,9 +57,19 @@ def _book(thread, clock, phase):
 
 
 @njit(nogil=True)
-def _norm_rows(thread, num_threads, source, stride, rows, gain, size, eps, out):
-    for r in range(thread, rows, num_threads):
-        rms_norm_row(source, r * stride, gain, size, eps, out, r * stride)
+def _norm_rows(thread, num_threads, source, stride, listed, rows, gain, size, eps, out, height, places, scales):
+    """Norm of `rows` rows, or of the listed ones if there is a list; a thread takes whole tiles."""
+    for top in range(thread * height, rows, num_threads * height):
+        n = min(height, rows - top)
+        for r in range(n):
+            places[r] = (listed[top + r] if listed.shape[0] else top + r) * stride
+        rms_norm_tile(source, places, n, gain, size, eps, out, top * size, height, scales)
+
+
+@njit(nogil=True)
+def _share(part, num_parts, count):
+    """First and last + 1 of the part's even share of `count`."""
+    return part * count // num_parts, (part + 1) * count // num_parts
 
 
 @njit(nogil=True, cache=True)
@@ -66,37 +78,42 @@ def _step(
     token_ids, positions, slots, tiles, block_tables, logits_rows,
     embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down, w_head,
     num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab, value_width, eps, cos, sin, keys, values,
-    residual, normed, qkv, attended, gated, query_scratch, score_scratch, sum_scratch, partial_scratch, offset_scratch,
+    residual, normed, qkv, attended, packed, gated,
+    query_scratch, score_scratch, weight_scratch, sum_scratch, row_scratch, offset_scratch,
     logits, chosen, clock,
 ):  # fmt: skip
     """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R]."""
-    rows = token_ids.shape[0]
-    stride = residual.shape[1]
-    qkv_stride = qkv.shape[1]
-    out_stride = attended.shape[1]
-    gated_stride = gated.shape[1]
-    residual_flat, normed_flat = residual.reshape(-1), normed.reshape(-1)
-    qkv_flat, attended_flat, gated_flat = qkv.reshape(-1), attended.reshape(-1), gated.reshape(-1)
-    partial, offsets = partial_scratch[thread], offset_scratch[thread]
-    queries, scores, sums = query_scratch[thread], score_scratch[thread].reshape(-1), sum_scratch[thread]
+    rows, num_logits = token_ids.shape[0], logits_rows.shape[0]
+    height = tile_height(rows)
+    stride, qkv_stride, heads_size = residual.shape[1], qkv.shape[1], num_heads * head_dim
+    gated_features = w_gate_up.shape[1] * VECTOR_WIDTH
+    residual_flat, qkv_flat, attended_flat = residual.reshape(-1), qkv.reshape(-1), attended.reshape(-1)
+    scratch, offsets = row_scratch[thread], offset_scratch[thread]
+    queries, sums = query_scratch[thread], sum_scratch[thread]
+    scores, weights = score_scratch[thread].reshape(-1), weight_scratch[thread]
     scores_stride = score_scratch.shape[2]
+    everything = logits_rows[:0]
     counter = 0
     if thread == 0:
         clock[-1] = monotonic_ns()
-    for r in range(thread, rows, num_threads):
-        for i in range(hidden):
-            residual[r, i] = embedding[token_ids[r], i]
+    for top in range(thread * height, rows, num_threads * height):
+        for r in range(top, min(rows, top + height)):
+            for i in range(hidden):
+                residual[r, i] = embedding[token_ids[r], i]
     for layer in range(w_qkv.shape[0]):
-        # Rows are dealt to threads in the same way below and above, so no barrier is needed before the norm.
+        # NOTE: tiles are dealt to threads in the same way above and in the norm, so no barrier is needed between.
         if layer > 0:
             barrier(sync, num_threads)
             _book(thread, clock, _DOWN)
-        _norm_rows(thread, num_threads, residual_flat, stride, rows, input_gains[layer], hidden, eps, normed_flat)
+        _norm_rows(
+            thread, num_threads, residual_flat, stride, everything, rows, input_gains[layer], hidden, eps,
+            normed, height, offsets, sums,
+        )  # fmt: skip
         barrier(sync, num_threads)
         _book(thread, clock, _ELEMENTWISE)
         linear(
-            normed_flat, stride, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE,
-            partial, offsets, counters, counter,
+            normed, height, hidden, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE,
+            scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
@@ -111,54 +128,69 @@ def _step(
         _book(thread, clock, _ELEMENTWISE)
         while True:
             item = atomic_add(counters, counter, 1)
-            if item >= tiles.shape[0] * num_kv_heads:
+            if item >= tiles.shape[0] * num_threads:
                 break
-            tile = item // num_kv_heads
-            attention_tile(
-                qkv_flat, qkv_stride, tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], block_tables[tiles[tile, 3]],
-                item % num_kv_heads, num_heads, num_kv_heads, head_dim, value_width, layer_keys, layer_values,
-                attended_flat, out_stride, queries, scores, scores_stride, sums,
-                partial, offsets,
-            )  # fmt: skip
+            tile = item // num_threads
+            first, last = _share(item % num_threads, num_threads, num_kv_heads)
+            for kv_head in range(first, last):
+                attention_tile(
+                    qkv_flat, qkv_stride, tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], block_tables[tiles[tile, 3]],
+                    kv_head, num_heads, num_kv_heads, head_dim, value_width, layer_keys, layer_values,
+                    attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch, offsets,
+                    kv_head + 1 < last,
+                )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         _book(thread, clock, _ATTENTION)
+        for top in range(thread * height, rows, num_threads * height):
+            pack_tile(
+                attended_flat, top * heads_size, heads_size, min(height, rows - top), heads_size,
+                packed, top * heads_size, height,
+            )  # fmt: skip
+        barrier(sync, num_threads)
+        _book(thread, clock, _ELEMENTWISE)
         linear(
-            attended_flat, out_stride, rows, num_heads * head_dim, w_out[layer], residual_flat, stride, ADD,
-            partial, offsets, counters, counter,
+            packed, height, heads_size, rows, heads_size, w_out[layer], residual_flat, stride, ADD,
+            scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         _book(thread, clock, _OUTPUT)
-        _norm_rows(thread, num_threads, residual_flat, stride, rows, post_gains[layer], hidden, eps, normed_flat)
+        _norm_rows(
+            thread, num_threads, residual_flat, stride, everything, rows, post_gains[layer], hidden, eps,
+            normed, height, offsets, sums,
+        )  # fmt: skip
         barrier(sync, num_threads)
         _book(thread, clock, _ELEMENTWISE)
         linear(
-            normed_flat, stride, rows, hidden, w_gate_up[layer], gated_flat, gated_stride, SWIGLU,
-            partial, offsets, counters, counter,
+            normed, height, hidden, rows, hidden, w_gate_up[layer], gated, gated_features, SWIGLU,
+            scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         _book(thread, clock, _GATE_UP)
         linear(
-            gated_flat, gated_stride, rows, intermediate, w_down[layer], residual_flat, stride, ADD,
-            partial, offsets, counters, counter,
+            gated, height, gated_features, rows, intermediate, w_down[layer], residual_flat, stride, ADD,
+            scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
     barrier(sync, num_threads)
     _book(thread, clock, _DOWN)
     logits_flat = logits.reshape(-1)
-    for i in range(thread, logits_rows.shape[0], num_threads):
-        rms_norm_row(residual_flat, logits_rows[i] * stride, final_gain, hidden, eps, normed_flat, i * stride)
+    height = tile_height(num_logits)
+    _norm_rows(
+        thread, num_threads, residual_flat, stride, logits_rows, num_logits, final_gain, hidden, eps,
+        normed, height, offsets, sums,
+    )  # fmt: skip
     barrier(sync, num_threads)
     _book(thread, clock, _ELEMENTWISE)
     linear(
-        normed_flat, stride, logits_rows.shape[0], hidden, w_head, logits_flat, logits.shape[1], STORE,
-        partial, offsets, counters, counter,
+        normed, height, hidden, num_logits, hidden, w_head, logits_flat, logits.shape[1], STORE,
+        scratch, offsets, counters, counter,
     )  # fmt: skip
     barrier(sync, num_threads)
     _book(thread, clock, _HEAD)
-    for i in range(thread, logits_rows.shape[0], num_threads):
+    for i in range(thread, num_logits, num_threads):
         chosen[i] = argmax_row(logits_flat, i * logits.shape[1], vocab)
     barrier(sync, num_threads)
     _book(thread, clock, _ARGMAX)
@@ -303,16 +335,20 @@ class LlamaCPU:
         tile_rows = self.tile_tokens * group
         hidden = _round_up(c.hidden_size, PANEL_WIDTH)
         self._residual = np.zeros((tokens, hidden), np.float32)
-        self._normed = np.zeros((tokens, hidden), np.float32)
         self._qkv = np.zeros((tokens, self._w_qkv.shape[1] * PANEL_WIDTH), np.float32)
         self._attended = np.zeros((tokens, c.num_attention_heads * c.head_dim), np.float32)
-        self._gated = np.zeros((tokens, self._w_gate_up.shape[1] * VECTOR_WIDTH), np.float32)
+        # NOTE: what products read lies in tiles, of which the last may be only partly filled.
+        tiled = tokens + TILE_ROWS
+        self._normed = np.zeros(tiled * c.hidden_size, np.float32)
+        self._packed = np.zeros(tiled * c.num_attention_heads * c.head_dim, np.float32)
+        self._gated = np.zeros(tiled * self._w_gate_up.shape[1] * VECTOR_WIDTH, np.float32)
         self._query_scratch = np.zeros((self.num_threads, tile_rows * self._value_width), np.float32)
-        self._partial_scratch = np.zeros((self.num_threads, PARTIAL_SIZE), np.float32)
-        self._offset_scratch = np.zeros((self.num_threads, COUNTER_STRIDE), np.int64)
+        self._row_scratch = np.zeros((self.num_threads, SCRATCH_SIZE), np.float32)
+        self._offset_scratch = np.zeros((self.num_threads, _round_up(TILE_ROWS, COUNTER_STRIDE)), np.int64)
         context = _round_up(self.max_model_len, PANEL_WIDTH) + PANEL_WIDTH
         self._score_scratch = np.zeros((self.num_threads, tile_rows, context), np.float32)
-        self._sum_scratch = np.zeros((self.num_threads, tile_rows), np.float32)
+        self._weight_scratch = np.zeros((self.num_threads, tile_rows * context), np.float32)
+        self._sum_scratch = np.zeros((self.num_threads, max(tile_rows, TILE_ROWS)), np.float32)
         self._counters = np.zeros(COUNTER_STRIDE * (_COUNTERS_PER_LAYER * c.num_hidden_layers + 2), np.int64)
         self._logits = np.zeros((0, self._w_head.shape[0] * PANEL_WIDTH), np.float32)
 
@@ -332,8 +368,8 @@ class LlamaCPU:
             self._w_qkv, self._w_out, self._w_gate_up, self._w_down, self._w_head,
             c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size, c.vocab_size,
             self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,
-            self._residual[:tokens], self._normed, self._qkv[:tokens], self._attended[:tokens], self._gated[:tokens],
-            self._query_scratch, self._score_scratch, self._sum_scratch,
-            self._partial_scratch, self._offset_scratch, self._logits, chosen, self._clock,
+            self._residual[:tokens], self._normed, self._qkv[:tokens], self._attended[:tokens], self._packed,
+            self._gated, self._query_scratch, self._score_scratch, self._weight_scratch, self._sum_scratch,
+            self._row_scratch, self._offset_scratch, self._logits, chosen, self._clock,
         )  # fmt: skip
         return self._logits[:rows, : c.vocab_size], chosen

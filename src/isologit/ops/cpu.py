@@ -3,7 +3,9 @@
 Every kernel is written so that the arithmetic of one token row never depends on the other rows of the batch (fixed
 reduction order per row): batch invariance is a property of the kernels, not a mode.
 Arrays are flat (1-D) where a register tile reads them; strides count elements. `panels` are weights packed by
-`pack_weight`: [panels, in_features, PANEL_WIDTH].
+`pack_weight`: [panels, in_features, PANEL_WIDTH]. What a product reads is stored tile by tile: the rows of a tile side
+by side for each feature, [tiles, features, height], so that a register tile follows one pointer; `tile_height` says how
+many rows that is.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import torch
 from numba import njit
 
 from isologit.ops.simd import (
+    CACHE_LINE,
     EPILOGUES,
     PANEL_WIDTH,
+    PREFETCH_DEPTH,
     TILE_ROWS,
     VECTOR_WIDTH,
     atomic_add,
@@ -29,12 +33,9 @@ from isologit.ops.simd import (
 
 COUNTER_STRIDE = 8  # int64 elements between counters: one cache line each
 _SPINS_BEFORE_YIELD = 2000
-_MOST_ROWS = 96  # of one pass over a panel
-ZEROS = _MOST_ROWS * PANEL_WIDTH  # where the zeros behind a thread's unfinished sums begin
-PARTIAL_SIZE = ZEROS + 4 * PANEL_WIDTH  # float32 elements of a thread's unfinished sums and those zeros
-_SHORT_ROWS = 24  # so few rows take a panel whole: it is read so seldom that cutting it does not pay
-_L1_PANEL_BYTES = 12 * 1024  # part of a panel that stays in the first-level cache while rows pass by
-_L2_ROW_BLOCK_BYTES = 192 * 1024  # activations one thread keeps in its second-level cache while panels pass by
+_TALL_TILES = TILE_ROWS == 12  # NOTE: a name of its own, so that Numba drops what it rules out before compiling it
+ZEROS = TILE_ROWS * PANEL_WIDTH  # where the zeros behind a thread's scratch rows begin
+SCRATCH_SIZE = ZEROS + 4 * PANEL_WIDTH  # float32 elements of a thread's scratch rows and those zeros
 
 
 def panel_count(out_features: int) -> int:
@@ -94,25 +95,46 @@ def barrier(sync, num_threads):
             yield_processor()
 
 
+@njit(nogil=True)
+def tile_height(rows):
+    """Rows of a tile in a step of `rows` rows: two of eight go before a tall one and a very short one."""
+    if TILE_ROWS < rows <= 16 and _TALL_TILES:
+        return 8
+    return max(1, min(rows, TILE_ROWS))
+
+
 @njit(nogil=True, fastmath={"reassoc", "contract"})
-def rms_norm_row(x, x_offset, gain, size, eps, out, out_offset):
-    """out = x / sqrt(mean(x^2) + eps) * gain for one row (Zhang and Sennrich 2019, equation 4)."""
+def _norm_scale(x, offset, size, eps):
+    """1 / sqrt(mean(x^2) + eps) of one row (Zhang and Sennrich 2019, equation 4)."""
     total = np.float32(0.0)
     for i in range(size):
-        total += x[x_offset + i] * x[x_offset + i]
-    scale = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(size) + eps))
+        total += x[offset + i] * x[offset + i]
+    return np.float32(1.0) / np.float32(math.sqrt(total / np.float32(size) + eps))
+
+
+@njit(nogil=True)
+def rms_norm_tile(x, offsets, rows, gain, size, eps, out, out_offset, height, scales):
+    """Norm of the rows of `x` that begin at `offsets`, stored as one tile of `out`."""
+    for r in range(rows):
+        scales[r] = _norm_scale(x, offsets[r], size, eps)
     for i in range(size):
-        out[out_offset + i] = x[x_offset + i] * scale * gain[i]
+        for r in range(rows):
+            out[out_offset + i * height + r] = x[offsets[r] + i] * scales[r] * gain[i]
 
 
-_TALL_TILES = TILE_ROWS == 12  # NOTE: a name of its own, so that Numba drops what it rules out before compiling it
+@njit(nogil=True)
+def pack_tile(x, x_offset, x_stride, rows, size, out, out_offset, height):
+    """Rows of `x` stored as one tile of `out`."""
+    for i in range(size):
+        for r in range(rows):
+            out[out_offset + i * height + r] = x[x_offset + r * x_stride + i]
 
 
 def _make_tiles(epilogue: str) -> Any:
     """Product of any number of rows with one panel, built from register tiles of fixed heights.
 
-    Tiles are as tall as registers allow; the last two share their rows evenly, because a tile of one or two rows has
-    too few chains in flight to hide the latency of the multiply-add.
+    What has no tile of its own is shared evenly by two: a tile of one row has too few chains in flight to hide the
+    latency of the multiply-add.
     """
     t1 = make_tile_product(1, epilogue)
     t2 = make_tile_product(2, epilogue)
@@ -125,47 +147,45 @@ def _make_tiles(epilogue: str) -> Any:
 
     @njit(nogil=True)
     def tiles(
-        x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, start, start_offset, start_stride,
+        x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, start, start_offset, start_stride,
         out, out_offset, out_stride, rows,
     ):  # fmt: skip
         r = 0
         while r < rows:
-            left = rows - r
-            xo = x_offset + r * x_stride
+            n = min(TILE_ROWS, rows - r)
+            xo = x_offset + r
             oo = out_offset + r * out_stride
             so = start_offset + r * start_stride
-            if left > TILE_ROWS and left < 2 * TILE_ROWS:
-                left = (left + 1) // 2
             if _TALL_TILES:
-                if left >= 12:
-                    t12(x, xo, x_stride, w, w_offset, w_stride, depth, 0, start, so, start_stride, out, oo, out_stride)
+                if n == 12:
+                    t12(
+                        x, xo, x_step, w, w_offset, w_stride, depth, fetch, start, so, start_stride,
+                        out, oo, out_stride,
+                    )  # fmt: skip
                     r += 12
                     continue
-                if left >= 8:
+                if n == 8:
                     t8(
-                        x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride,
+                        x, xo, x_step, w, w_offset, w_stride, depth, fetch, start, so, start_stride,
                         out, oo, out_stride,
                     )  # fmt: skip
                     r += 8
                     continue
-            if left >= 6:
-                t6(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
-                r += 6
-            elif left == 5:
-                t5(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
-                r += 5
-            elif left == 4:
-                t4(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
-                r += 4
-            elif left == 3:
-                t3(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
-                r += 3
-            elif left == 2:
-                t2(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
-                r += 2
+            if n > 6:
+                n = (n + 1) // 2
+            if n == 6:
+                t6(x, xo, x_step, w, w_offset, w_stride, depth, fetch, start, so, start_stride, out, oo, out_stride)
+            elif n == 5:
+                t5(x, xo, x_step, w, w_offset, w_stride, depth, fetch, start, so, start_stride, out, oo, out_stride)
+            elif n == 4:
+                t4(x, xo, x_step, w, w_offset, w_stride, depth, fetch, start, so, start_stride, out, oo, out_stride)
+            elif n == 3:
+                t3(x, xo, x_step, w, w_offset, w_stride, depth, fetch, start, so, start_stride, out, oo, out_stride)
+            elif n == 2:
+                t2(x, xo, x_step, w, w_offset, w_stride, depth, fetch, start, so, start_stride, out, oo, out_stride)
             else:
-                t1(x, xo, x_stride, w, w_offset, w_stride, depth, ahead, start, so, start_stride, out, oo, out_stride)
-                r += 1
+                t1(x, xo, x_step, w, w_offset, w_stride, depth, fetch, start, so, start_stride, out, oo, out_stride)
+            r += n
 
     return tiles
 
@@ -173,7 +193,7 @@ def _make_tiles(epilogue: str) -> Any:
 STORE, ADD, SWIGLU = range(len(EPILOGUES))  # what `linear` does with a product
 
 dot_tiles = _make_tiles("store")
-accumulate_tiles = _make_tiles("add")
+_accumulate_tiles = _make_tiles("add")
 _swiglu_tiles = _make_tiles("swiglu")
 
 _dot_1x4 = make_tile_product(1, "store", panels=4)
@@ -185,18 +205,22 @@ _swiglu_2x2 = make_tile_product(2, "swiglu", panels=2)
 
 
 @njit(nogil=True)
-def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, partial, offsets, counters, counter):
-    """One thread's share of `out = x @ W^T` ([rows, in_features] x panels of W) with the given epilogue.
+def linear(
+    x, height, x_features, rows, in_features, panels, out, out_stride, epilogue, scratch, offsets, counters, counter
+):
+    """One thread's share of `out = x @ W^T` with the given epilogue.
 
-    Threads share the panels through `counters[counter]`, so a core that another process slows down takes fewer.
-    `partial` holds PARTIAL_SIZE float32, zero at first, and `offsets` 4 int64; both belong to this thread.
+    x: [tiles, x_features, height], of which the first `in_features` count. W: the panels. out: rows of `out_stride`;
+    with SWIGLU it is stored in tiles of `out_stride` features as `x` is. Threads share the panels through
+    `counters[counter]`, so a core that another process slows down takes fewer. `scratch` holds SCRATCH_SIZE float32,
+    zero at first, and `offsets` 4 int64; both belong to this thread.
     """
     num_panels = panels.shape[0]
     flat = panels.reshape(-1)
     panel_size = in_features * PANEL_WIDTH
     panel_columns = VECTOR_WIDTH if epilogue == SWIGLU else PANEL_WIDTH
-    row_block = min(_MOST_ROWS, max(TILE_ROWS, _L2_ROW_BLOCK_BYTES // (4 * in_features) // TILE_ROWS * TILE_ROWS))
-    depth_block = _L1_PANEL_BYTES // (PANEL_WIDTH * flat.itemsize) if rows > _SHORT_ROWS else in_features
+    # NOTE: every tall tile asks for another part of the next panel, so that it is in the cache when its turn comes.
+    fetch_size = in_features // PREFETCH_DEPTH * (CACHE_LINE // flat.itemsize)
     side_by_side = 4 if rows == 1 else 2 if rows == 2 else 1
     chunk = max(side_by_side, min(8, num_panels // 32))
     while True:
@@ -204,98 +228,79 @@ def linear(x, x_stride, rows, in_features, panels, out, out_stride, epilogue, pa
         if first >= num_panels:
             break
         last = min(num_panels, first + chunk)
-        for block in range(0, rows, row_block):
-            n = min(row_block, rows - block)
-            xo = block * x_stride
-            panel = first
-            while panel < last:
-                wo = panel * panel_size
-                oo = block * out_stride + panel * panel_columns
-                if side_by_side > 1 and panel + side_by_side <= last:
-                    for i in range(side_by_side):
-                        offsets[i] = wo + i * panel_size
-                    _short_product(
-                        x, xo, x_stride, flat, offsets, in_features, side_by_side * panel_size, partial,
-                        out, oo, out_stride, rows, epilogue,
-                    )  # fmt: skip
-                    panel += side_by_side
+        panel = first
+        while panel < last:
+            wo = panel * panel_size
+            column = panel * panel_columns
+            if side_by_side > 1 and panel + side_by_side <= last:
+                for i in range(side_by_side):
+                    offsets[i] = wo + i * panel_size
+                fetch = side_by_side * panel_size
+                if epilogue == SWIGLU:
+                    width = side_by_side * panel_columns
+                    _short_product(x, flat, offsets, in_features, fetch, scratch, scratch, 0, width, rows, epilogue)
+                    _store_in_tile(scratch, width, rows, width, out, column * height, height)
                 else:
-                    _panel_product(
-                        x, xo, x_stride, flat, wo, in_features, depth_block, panel_size, partial,
-                        out, oo, out_stride, n, epilogue,
+                    _short_product(
+                        x, flat, offsets, in_features, fetch, scratch, out, column, out_stride, rows, epilogue
+                    )
+                panel += side_by_side
+                continue
+            for top in range(0, rows, height):
+                n = min(height, rows - top)
+                fetch = panel_size
+                if rows > height:
+                    fetch += top // height * fetch_size
+                    if fetch >= 2 * panel_size:
+                        fetch = 0
+                xo = top * x_features
+                if epilogue == SWIGLU:
+                    _swiglu_tiles(
+                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, scratch, ZEROS, 0,
+                        scratch, 0, VECTOR_WIDTH, n,
                     )  # fmt: skip
-                    panel += 1
+                    _store_in_tile(
+                        scratch, VECTOR_WIDTH, n, VECTOR_WIDTH, out, top * out_stride + column * height, height
+                    )
+                elif epilogue == ADD:
+                    _accumulate_tiles(
+                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, scratch, ZEROS, 0,
+                        out, top * out_stride + column, out_stride, n,
+                    )  # fmt: skip
+                else:
+                    dot_tiles(
+                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, scratch, ZEROS, 0,
+                        out, top * out_stride + column, out_stride, n,
+                    )  # fmt: skip
+            panel += 1
 
 
 @njit(nogil=True)
-def _panel_product(
-    x, x_offset, x_stride, w, w_offset, depth, depth_block, ahead, partial, out, out_offset, out_stride, rows, epilogue
-):
-    """Rows of `x` with one panel, in pieces of `depth_block` terms; the sums of unfinished chains are in `partial`."""
-    start, start_stride = ZEROS, 0
-    while depth > depth_block:
-        dot_tiles(
-            x, x_offset, x_stride, w, w_offset, PANEL_WIDTH, depth_block, 0, partial, start, start_stride,
-            partial, 0, PANEL_WIDTH, rows,
-        )  # fmt: skip
-        start, start_stride = 0, PANEL_WIDTH
-        x_offset += depth_block
-        w_offset += depth_block * PANEL_WIDTH
-        depth -= depth_block
-        ahead = 0
-    if epilogue == SWIGLU:
-        _swiglu_tiles(
-            x, x_offset, x_stride, w, w_offset, PANEL_WIDTH, depth, ahead, partial, start, start_stride,
-            out, out_offset, out_stride, rows,
-        )  # fmt: skip
-    elif epilogue == ADD:
-        accumulate_tiles(
-            x, x_offset, x_stride, w, w_offset, PANEL_WIDTH, depth, ahead, partial, start, start_stride,
-            out, out_offset, out_stride, rows,
-        )  # fmt: skip
-    else:
-        dot_tiles(
-            x, x_offset, x_stride, w, w_offset, PANEL_WIDTH, depth, ahead, partial, start, start_stride,
-            out, out_offset, out_stride, rows,
-        )  # fmt: skip
+def _store_in_tile(x, x_stride, rows, columns, out, out_offset, height):
+    """Columns of a tile, from rows."""
+    for i in range(columns):
+        for r in range(rows):
+            out[out_offset + i * height + r] = x[r * x_stride + i]
 
 
 @njit(nogil=True)
-def _short_product(
-    x, x_offset, x_stride, w, offsets, depth, ahead, partial, out, out_offset, out_stride, rows, epilogue
-):
+def _short_product(x, w, offsets, depth, fetch, scratch, out, out_offset, out_stride, rows, epilogue):
     """One row with four panels, or two rows with two."""
     if rows == 1:
         if epilogue == SWIGLU:
-            _swiglu_1x4(
-                x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
-                out, out_offset, out_stride,
-            )  # fmt: skip
+            _swiglu_1x4(x, 0, 1, w, offsets, PANEL_WIDTH, depth, fetch, scratch, ZEROS, 0, out, out_offset, out_stride)
         elif epilogue == ADD:
             _accumulate_1x4(
-                x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
-                out, out_offset, out_stride,
-            )  # fmt: skip
+                x, 0, 1, w, offsets, PANEL_WIDTH, depth, fetch, scratch, ZEROS, 0, out, out_offset, out_stride
+            )
         else:
-            _dot_1x4(
-                x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
-                out, out_offset, out_stride,
-            )  # fmt: skip
+            _dot_1x4(x, 0, 1, w, offsets, PANEL_WIDTH, depth, fetch, scratch, ZEROS, 0, out, out_offset, out_stride)
     elif epilogue == SWIGLU:
-        _swiglu_2x2(
-            x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
-            out, out_offset, out_stride,
-        )  # fmt: skip
+        _swiglu_2x2(x, 0, 2, w, offsets, PANEL_WIDTH, depth, fetch, scratch, ZEROS, 0, out, out_offset, out_stride)
     elif epilogue == ADD:
-        _accumulate_2x2(
-            x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
-            out, out_offset, out_stride,
-        )  # fmt: skip
+        _accumulate_2x2(x, 0, 2, w, offsets, PANEL_WIDTH, depth, fetch, scratch, ZEROS, 0, out, out_offset, out_stride)
     else:
-        _dot_2x2(
-            x, x_offset, x_stride, w, offsets, PANEL_WIDTH, depth, ahead, partial, ZEROS, 0,
-            out, out_offset, out_stride,
-        )  # fmt: skip
+        _dot_2x2(x, 0, 2, w, offsets, PANEL_WIDTH, depth, fetch, scratch, ZEROS, 0, out, out_offset, out_stride)
 
 
 @njit(nogil=True, fastmath={"contract"})
@@ -355,25 +360,28 @@ def softmax_row(scores, offset, length, padded, scale):
 @njit(nogil=True)
 def attention_tile(
     qkv, qkv_stride, first_row, num_rows, first_position, table, kv_head, num_heads, num_kv_heads, head_dim,
-    value_width, keys, values, out, out_stride, queries, scores, scores_stride, sums, partial, offsets,
+    value_width, keys, values, out, out_stride, queries, scores, scores_stride, weights, sums, scratch, offsets,
+    more_heads,
 ):  # fmt: skip
     """Causal attention of `num_rows` consecutive tokens of one sequence for the query heads of one KV head.
 
     Two passes over the blocks of `table` (block ids of the sequence): all scores of a row, softmax, then the weighted
-    sum of values. The reduction order of a row depends on its position alone.
+    sum of values. The reduction order of a row depends on its position alone. Scratch of this thread, for as many rows
+    as there are tokens times heads: queries (value_width each), scores (scores_stride each), weights (the same), sums.
+    more_heads: whether the next KV head comes next, whose keys and values lie behind this one's and are asked for.
     """
     group = num_heads // num_kv_heads
     total_rows = num_rows * group
     scale = np.float32(1.0 / math.sqrt(head_dim))
     for r in range(num_rows):
+        source = (first_row + r) * qkv_stride + kv_head * group * head_dim
         for g in range(group):
-            source = (first_row + r) * qkv_stride + (kv_head * group + g) * head_dim
-            target = (r * group + g) * head_dim
             for i in range(head_dim):
-                queries[target + i] = qkv[source + i]
+                queries[i * total_rows + r * group + g] = qkv[source + g * head_dim + i]
     context = first_position + num_rows
     num_blocks = (context + PANEL_WIDTH - 1) // PANEL_WIDTH
     panel_size = head_dim * PANEL_WIDTH
+    fetch = panel_size if more_heads else 0
     b = 0
     while b < num_blocks:
         ahead = min(4, num_blocks - b)
@@ -381,19 +389,19 @@ def attention_tile(
             offsets[i] = (table[b + i] * num_kv_heads + kv_head) * panel_size
         if total_rows == 1 and ahead == 4:
             _dot_1x4(
-                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, 0, partial, ZEROS, 0,
+                queries, 0, 1, keys, offsets, PANEL_WIDTH, head_dim, fetch, scratch, ZEROS, 0,
                 scores, b * PANEL_WIDTH, scores_stride,
             )  # fmt: skip
             b += 4
         elif total_rows == 2 and ahead >= 2:
             _dot_2x2(
-                queries, 0, head_dim, keys, offsets, PANEL_WIDTH, head_dim, 0, partial, ZEROS, 0,
+                queries, 0, 2, keys, offsets, PANEL_WIDTH, head_dim, fetch, scratch, ZEROS, 0,
                 scores, b * PANEL_WIDTH, scores_stride,
             )  # fmt: skip
             b += 2
         else:
             dot_tiles(
-                queries, 0, head_dim, keys, offsets[0], PANEL_WIDTH, head_dim, 0, partial, ZEROS, 0,
+                queries, 0, total_rows, keys, offsets[0], PANEL_WIDTH, head_dim, fetch, scratch, ZEROS, 0,
                 scores, b * PANEL_WIDTH, scores_stride, total_rows,
             )  # fmt: skip
             b += 1
@@ -405,38 +413,59 @@ def attention_tile(
             )
     for i in range(total_rows * value_width):
         queries[i] = np.float32(0.0)
-    for b in range(num_blocks):
-        depth = min(PANEL_WIDTH, context - b * PANEL_WIDTH)
-        block = (table[b] * num_kv_heads + kv_head) * PANEL_WIDTH * value_width
-        column = 0
-        while column < value_width:
-            ahead = min(4, (value_width - column) // PANEL_WIDTH)
-            for i in range(ahead):
-                offsets[i] = block + column + i * PANEL_WIDTH
-            if total_rows == 1 and ahead == 4:
-                _dot_1x4(
-                    scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth, 0,
-                    queries, column, value_width, queries, column, value_width,
-                )  # fmt: skip
-                column += 4 * PANEL_WIDTH
-            elif total_rows == 2 and ahead >= 2:
-                _dot_2x2(
-                    scores, b * PANEL_WIDTH, scores_stride, values, offsets, value_width, depth, 0,
-                    queries, column, value_width, queries, column, value_width,
-                )  # fmt: skip
-                column += 2 * PANEL_WIDTH
-            else:
-                dot_tiles(
-                    scores, b * PANEL_WIDTH, scores_stride, values, block + column, value_width, depth, 0,
-                    queries, column, value_width, queries, column, value_width, total_rows,
-                )  # fmt: skip
-                column += PANEL_WIDTH
+    if total_rows == 1:
+        _weighted_values(
+            scores, 1, context, num_blocks, table, kv_head, num_kv_heads, value_width, values, queries, offsets,
+            more_heads,
+        )  # fmt: skip
+    else:
+        pack_tile(scores, 0, scores_stride, total_rows, num_blocks * PANEL_WIDTH, weights, 0, total_rows)
+        _weighted_values(
+            weights, total_rows, context, num_blocks, table, kv_head, num_kv_heads, value_width, values, queries,
+            offsets, more_heads,
+        )  # fmt: skip
     for r in range(num_rows):
         for g in range(group):
             row = r * group + g
             target = (first_row + r) * out_stride + (kv_head * group + g) * head_dim
             for i in range(head_dim):
                 out[target + i] = queries[row * value_width + i] * sums[row]
+
+
+@njit(nogil=True)
+def _weighted_values(
+    weights, rows, context, num_blocks, table, kv_head, num_kv_heads, value_width, values, out, offsets, more_heads
+):
+    """Add the values of all blocks, weighted, to `out` [rows, value_width]. weights: [positions, rows]."""
+    for b in range(num_blocks):
+        depth = min(PANEL_WIDTH, context - b * PANEL_WIDTH)
+        block = (table[b] * num_kv_heads + kv_head) * PANEL_WIDTH * value_width
+        xo = b * PANEL_WIDTH * rows
+        column = 0
+        while column < value_width:
+            ahead = min(4, (value_width - column) // PANEL_WIDTH)
+            for i in range(ahead):
+                offsets[i] = block + column + i * PANEL_WIDTH
+            # The columns together ask for the next head's block in the order it lies in memory.
+            fetch = PANEL_WIDTH * value_width + column * (PANEL_WIDTH - 1) if more_heads else 0
+            if rows == 1 and ahead == 4:
+                _dot_1x4(
+                    weights, xo, 1, values, offsets, value_width, depth, fetch, out, column, value_width,
+                    out, column, value_width,
+                )  # fmt: skip
+                column += 4 * PANEL_WIDTH
+            elif rows == 2 and ahead >= 2:
+                _dot_2x2(
+                    weights, xo, 2, values, offsets, value_width, depth, fetch, out, column, value_width,
+                    out, column, value_width,
+                )  # fmt: skip
+                column += 2 * PANEL_WIDTH
+            else:
+                dot_tiles(
+                    weights, xo, rows, values, block + column, value_width, depth, fetch, out, column, value_width,
+                    out, column, value_width, rows,
+                )  # fmt: skip
+                column += PANEL_WIDTH
 
 
 @njit(nogil=True)

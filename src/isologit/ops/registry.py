@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from isologit.ops import cpu
-from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS
+from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
 
 Inputs = dict[str, Any]
 
@@ -55,22 +55,32 @@ def linear_numba(x: torch.Tensor, weight: torch.Tensor, storage: str = "float32"
 
 def _packed_product(x: torch.Tensor, weight: torch.Tensor, storage: str, epilogue: int) -> torch.Tensor:
     panels = cpu.pack_weight(weight, storage)
-    out = np.zeros((x.shape[0], panels.shape[0] * PANEL_WIDTH), np.float32)
+    rows, features = x.shape
+    height = cpu.tile_height(rows)
+    width = panels.shape[0] * (VECTOR_WIDTH if epilogue == cpu.SWIGLU else PANEL_WIDTH)
+    out = np.zeros((rows + height) * width, np.float32)
     cpu.linear(
-        _flat(x),
-        x.shape[1],
-        x.shape[0],
-        x.shape[1],
-        panels,
-        out.reshape(-1),
-        out.shape[1],
-        epilogue,
-        np.zeros(cpu.PARTIAL_SIZE, np.float32),
-        np.zeros(4, np.int64),
-        np.zeros(1, np.int64),
-        0,
-    )
-    return torch.from_numpy(out)
+        _in_tiles(x, height), height, features, rows, features, panels, out, width, epilogue,
+        np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(4, np.int64), np.zeros(1, np.int64), 0,
+    )  # fmt: skip
+    if epilogue == cpu.SWIGLU:
+        return _from_tiles(out, height, rows, width)
+    return torch.from_numpy(out[: rows * width]).view(rows, width)
+
+
+def _in_tiles(x: torch.Tensor, height: int) -> np.ndarray:
+    """[T, F] -> [tiles, F, height] flat, as products read it; the last tile is filled up with NaN."""
+    rows, features = x.shape
+    padded = torch.full((-(-rows // height) * height, features), math.nan)
+    padded[:rows] = x
+    return padded.view(-1, height, features).transpose(1, 2).reshape(-1).numpy()
+
+
+def _from_tiles(x: np.ndarray, height: int, rows: int, features: int) -> torch.Tensor:
+    """The inverse of `_in_tiles`."""
+    tiles = -(-rows // height)
+    tiled = torch.from_numpy(x[: tiles * height * features]).view(tiles, features, height)
+    return tiled.transpose(1, 2).reshape(-1, features)[:rows]
 
 
 def _norm_inputs(generator: torch.Generator) -> Inputs:
@@ -83,11 +93,12 @@ def _norm_reference(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Te
 
 
 def rms_norm_numba(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """Row by row with the CPU kernel."""
-    out, flat, width = np.zeros(x.numel(), np.float32), _flat(x), x.shape[1]
-    for row in range(x.shape[0]):
-        cpu.rms_norm_row(flat, row * width, gain.numpy(), width, np.float32(eps), out, row * width)
-    return torch.from_numpy(out).view_as(x)
+    """As one tile."""
+    rows, width = x.shape
+    out, scales = np.zeros(x.numel(), np.float32), np.zeros(rows, np.float32)
+    places = np.arange(rows) * width
+    cpu.rms_norm_tile(_flat(x), places, rows, gain.numpy(), width, np.float32(eps), out, 0, rows, scales)
+    return _from_tiles(out, rows, rows, width)
 
 
 def _swiglu_inputs(generator: torch.Generator) -> Inputs:
@@ -171,8 +182,8 @@ def paged_attention_numba(
             cpu.attention_tile(
                 qkv, stride, first, min(step, length - first), first, table, head, heads, kv_heads, dim, width,
                 cache, values, out, heads * dim, queries, scores.reshape(-1), scores.shape[1],
-                np.zeros(step * group, np.float32), np.zeros(cpu.PARTIAL_SIZE, np.float32),
-                np.zeros(cpu.COUNTER_STRIDE, np.int64),
+                np.zeros(scores.size, np.float32), np.zeros(step * group, np.float32),
+                np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(4, np.int64), head + 1 < kv_heads,
             )  # fmt: skip
     return torch.from_numpy(out).view(length, heads, dim)
 

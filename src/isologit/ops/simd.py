@@ -138,7 +138,8 @@ _EXP_POLYNOMIAL = (
 )  # fmt: skip
 _STORAGE_OF_DTYPE = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_CACHE_LINE = 64
+CACHE_LINE = 64  # bytes
+PREFETCH_DEPTH = 2  # a tile of TILE_ROWS asks for one cache line in so many terms
 
 
 EPILOGUES = ("store", "add", "swiglu")
@@ -147,14 +148,15 @@ EPILOGUES = ("store", "add", "swiglu")
 def make_tile_product(rows: int, epilogue: str, *, panels: int = 1) -> Any:
     """Register-tile product `x[rows, K] @ w[K, PANEL_WIDTH]` with an epilogue, as a Numba intrinsic.
 
-    Call: `tile(x, x_offset, x_stride, w, w_offset, w_stride, K, ahead, start, start_offset, start_stride, out,
+    Call: `tile(x, x_offset, x_step, w, w_offset, w_stride, K, fetch, start, start_offset, start_stride, out,
     out_offset, out_stride)`; arrays are flat, offsets and strides count elements; all are float32 but `w`, which is
-    float32, float16 bits (int16) or bfloat16 bits (uint16), widened exactly. What lies `ahead` elements after the
-    weights is fetched into the cache meanwhile. Every output element is one chain of fused multiply-adds in ascending
-    k that begins with its value in `start` (rows of PANEL_WIDTH * panels): zeros (one row of them with stride 0), or
-    what the chain amounted to so far, so that a long sum can be computed in pieces that fit the cache. However many
-    rows and pieces there are, the chain is the same: that is why a row's result does not depend on what it is batched
-    with.
+    float32, float16 bits (int16) or bfloat16 bits (uint16), widened exactly. `x` is transposed: row r's k-th value lies
+    at `x_offset + k * x_step + r`, so that one pointer serves all rows of a tile. Weights from `fetch` elements behind
+    the tile's own on are asked into the cache meanwhile: as many as the tile reads, or a cache line each pass for a
+    tile of TILE_ROWS, which has company that asks for the others. Every output element is one chain of fused
+    multiply-adds in ascending k that begins with its value in `start` (rows of PANEL_WIDTH * panels; one row of zeros
+    with stride 0 begins anew). However many rows there are, the chain is the same: that is why a row's result does not
+    depend on what it is batched with.
 
     epilogue: "store" writes the sums to `out`, "add" adds them to it, "swiglu" takes the first half of a panel's
     columns as gate and the second as up and writes silu(gate) * up, VECTOR_WIDTH columns (Shazeer 2020).
@@ -168,15 +170,16 @@ def make_tile_product(rows: int, epilogue: str, *, panels: int = 1) -> Any:
 
     @intrinsic
     def tile(
-        typing_context, x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, start, start_offset, start_stride,
+        typing_context, x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, start, start_offset, start_stride,
         out, out_offset, out_stride,
     ):  # fmt: skip
         storage = _STORAGE_OF_DTYPE[w.dtype]
         signature = types.void(
-            x, x_offset, x_stride, w, w_offset, w_stride, depth, ahead, start, start_offset, start_stride,
+            x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, start, start_offset, start_stride,
             out, out_offset, out_stride,
         )  # fmt: skip
-        lines_per_pass = max(1, unroll * PANEL_WIDTH * _BYTES[storage] // _CACHE_LINE)
+        line = CACHE_LINE // _BYTES[storage]  # weights
+        lines_per_pass = 1 if rows == TILE_ROWS else max(1, unroll * PANEL_WIDTH // line)
 
         def codegen(context, builder, signature, args):
             i64 = ir.IntType(64)
@@ -187,71 +190,82 @@ def make_tile_product(rows: int, epilogue: str, *, panels: int = 1) -> Any:
                 else context.cast(builder, a, t, types.int64)
                 for t, a in zip(signature.args, args, strict=True)
             ]
-            x_ptr, x_off, x_ld, w_ptr, w_off, w_ld, depth, ahead, *places = values
+            x_ptr, x_off, x_step, w_ptr, w_off, w_ld, depth, fetch, *places = values
             start_ptr, start_off, start_ld, out_ptr, out_off, out_ld = places
-            x_rows = [builder.gep(x_ptr, [builder.add(x_off, builder.mul(x_ld, i64(r)))]) for r in range(rows)]
+            x_base = builder.gep(x_ptr, [x_off])
             if panels == 1:
                 w_bases = [builder.gep(w_ptr, [w_off])]
             else:
                 w_bases = [builder.gep(w_ptr, [builder.load(builder.gep(w_off, [i64(p)]))]) for p in range(panels)]
 
-            def loop(start: Any, step: int, limit: Any, initial: list[Any]) -> tuple[Any, list[Any]]:
-                """Emit `for k in range(start, limit, step)` over the accumulators; returns both as after it."""
+            def times(value: Any, count: int) -> Any:
+                return builder.mul(value, i64(count))
+
+            def loop(start: Any, step: int, limit: Any, pointers: list[Any], sums: list[Any]) -> Any:
+                """Emit `for k in range(start, limit, step)`; returns k, pointers and sums as they are after it."""
                 before = builder.basic_block
                 head = builder.append_basic_block("tile.head")
                 body = builder.append_basic_block("tile.body")
                 done = builder.append_basic_block("tile.done")
                 builder.branch(head)
                 builder.position_at_end(head)
-                k = builder.phi(i64)
-                k.add_incoming(start, before)
-                sums = [builder.phi(vector) for _ in initial]
-                for phi, value in zip(sums, initial, strict=True):
+                initial = [start, *pointers, *sums]
+                phis = [builder.phi(value.type) for value in initial]
+                for phi, value in zip(phis, initial, strict=True):
                     phi.add_incoming(value, before)
+                k, x_now, *now = phis
+                w_now, (asked, *now_sums) = now[:panels], now[panels:]
                 builder.cbranch(builder.icmp_signed("<", k, limit), body, done)
                 builder.position_at_end(body)
                 if step == unroll:
-                    for base in w_bases:
-                        next_use = builder.gep(base, [builder.add(builder.mul(k, w_ld), ahead)])
-                        for line in range(lines_per_pass):
-                            _prefetch(builder, builder.gep(next_use, [i64(line * _CACHE_LINE // _BYTES[storage])]))
-                current = list(sums)
+                    for number in range(panels * lines_per_pass):
+                        which, place = divmod(number, lines_per_pass)
+                        ahead = builder.gep(w_bases[which], [builder.add(asked, i64(place * line))])
+                        _prefetch(builder, ahead)
+                current = list(now_sums)
                 for u in range(step):
-                    ku = builder.add(k, i64(u))
-                    w_row = builder.mul(ku, w_ld)
                     weights = [
-                        _load_weights(builder, builder.gep(base, [builder.add(w_row, i64(j * VECTOR_WIDTH))]), storage)
-                        for base in w_bases
+                        _load_weights(
+                            builder, builder.gep(base, [builder.add(times(w_ld, u), i64(j * VECTOR_WIDTH))]), storage
+                        )
+                        for base in w_now
                         for j in range(PANEL_VECTORS)
                     ]
                     for r in range(rows):
-                        scalar = _spread(builder, builder.load(builder.gep(x_rows[r], [ku])))
+                        place = builder.gep(x_now, [builder.add(times(x_step, u), i64(r))])
+                        scalar = _spread(builder, builder.load(place))
                         for j in range(vectors):
                             index = r * vectors + j
                             current[index] = _fma(builder, scalar, weights[j], current[index])
-                k.add_incoming(builder.add(k, i64(step)), builder.basic_block)
-                for phi, value in zip(sums, current, strict=True):
+                following = [
+                    builder.add(k, i64(step)),
+                    builder.gep(x_now, [times(x_step, step)]),
+                    *[builder.gep(base, [times(w_ld, step)]) for base in w_now],
+                    builder.add(asked, i64(lines_per_pass * line)),
+                    *current,
+                ]
+                for phi, value in zip(phis, following, strict=True):
                     phi.add_incoming(value, builder.basic_block)
                 builder.branch(head)
                 builder.position_at_end(done)
-                return k, sums
+                return k, phis[1 : 3 + panels], now_sums
 
             sums = []
             for r in range(rows):
-                row = builder.add(start_off, builder.mul(start_ld, i64(r)))
+                row = builder.add(start_off, times(start_ld, r))
                 for j in range(vectors):
                     place = builder.gep(start_ptr, [builder.add(row, i64(j * VECTOR_WIDTH))])
                     sums.append(builder.load(builder.bitcast(place, vector.as_pointer())))
                     sums[-1].align = 4
             whole = builder.and_(depth, i64(-unroll))
-            k, sums = loop(i64(0), unroll, whole, sums)
-            _, sums = loop(k, 1, depth, sums)
+            k, pointers, sums = loop(i64(0), unroll, whole, [x_base, *w_bases, fetch], sums)
+            _, _, sums = loop(k, 1, depth, pointers, sums)
             for r in range(rows):
                 results = sums[r * vectors : (r + 1) * vectors]
                 if epilogue == "swiglu":
                     results = [_swiglu(builder, *results[j : j + 2]) for j in range(0, vectors, PANEL_VECTORS)]
                 for j, value in enumerate(results):
-                    offset = builder.add(out_off, builder.add(builder.mul(out_ld, i64(r)), i64(j * VECTOR_WIDTH)))
+                    offset = builder.add(out_off, builder.add(times(out_ld, r), i64(j * VECTOR_WIDTH)))
                     pointer = builder.bitcast(builder.gep(out_ptr, [offset]), vector.as_pointer())
                     if epilogue == "add":
                         previous = builder.load(pointer)
@@ -273,17 +287,6 @@ def float_from_bits(typing_context, bits):
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), codegen
-
-
-@intrinsic
-def prefetch(typing_context, array, index):
-    """Ask for the cache line of `array[index]`, which will be read soon."""
-
-    def codegen(context, builder, signature, args):
-        _prefetch(builder, builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]]))
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), codegen
 
 
 @intrinsic
