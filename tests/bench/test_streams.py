@@ -81,7 +81,10 @@ _JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["data", "generated_text", "finish_reason", "choices", "text", "delta", "token", "error"]),
+            st.sampled_from(
+                "data generated_text finish_reason generated_tokens choices text delta content usage completion_tokens "
+                "token details special error".split()
+            ),
             inner,
         )
     ),
@@ -94,7 +97,25 @@ _JSON = st.recursive(
 @given(value=_JSON)
 def test_any_json_is_a_message(backend: str, value: object) -> None:
     line = json.dumps(value).encode()
-    assert len(_read(backend, [b"data: " + line + b"\n"])) == 1
+    (message,) = _read(backend, [b"data: " + line + b"\n"])
+    assert isinstance(message.text, str)
+    assert isinstance(message.full_text, str | None)
+    assert isinstance(message.finish_reason, str | None)
+    assert isinstance(message.error, str | None)
+    assert message.num_tokens is None or (type(message.num_tokens) is int and message.num_tokens >= 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "line", [b"[" * 100_000, b'{"data":' * 100_000, b"9" * 5000, b"\xff\xfe{}", b"NaN", b'"\\ud800"']
+)
+def test_what_breaks_json_readers_is_an_error_between_good_lines(backend: str, line: bytes) -> None:
+    good = _wire(backend, ["one", " two"], "\n", "data: ")
+    first, rest = good.split(b"\n", 1)
+    messages = _read(backend, [first + b"\n" + line + b"\n" + rest])
+    assert [message for message in messages if message.error is None] == _read(backend, [good])
+    (error,) = [message.error for message in messages if message.error is not None]
+    assert "not of this protocol" in error
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -90,7 +90,7 @@ def _read_openai(value: Any, text_of: Callable[[Any], Any]) -> Message:
     if "error" in value:
         return Message(error=_error(value["error"]))
     usage = value.get("usage")
-    num_tokens = usage["completion_tokens"] if usage else None
+    num_tokens = _count(usage["completion_tokens"]) if usage else None
     if not value["choices"]:
         return Message(num_tokens=num_tokens)
     choice = value["choices"][0]
@@ -133,12 +133,12 @@ def _read_tgi(value: Any) -> Message:
     )
 
 
-def _final(full_text: str, reason: str | None, num_tokens: int | None, *, error_text: str) -> Message:
+def _final(full_text: str, reason: str | None, num_tokens: Any, *, error_text: str) -> Message:
     return Message(
         final=True,
         finish_reason=reason,
         full_text=full_text,
-        num_tokens=num_tokens,
+        num_tokens=_count(num_tokens),
         error=_bad_reason(reason, error_text),
     )
 
@@ -152,6 +152,12 @@ def _bad_reason(reason: str | None, text: str) -> str | None:
 def _error(error: Any) -> str:
     message = error.get("message", error) if isinstance(error, Mapping) else error
     return f"the server reported an error: {message}"
+
+
+def _count(value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise TypeError("not a number of tokens")
+    return value
 
 
 def _text(value: Any) -> str:

@@ -60,6 +60,6 @@ class MessageStream:
             return Message(final=True)
         try:
             return self._read(json.loads(payload))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             shown = payload[:_SHOWN].decode(errors="replace")
             return Message(error=f"the answer holds a line that is not of this protocol: {shown}")
