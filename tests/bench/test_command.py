@@ -138,6 +138,20 @@ def test_what_the_user_must_change_is_exit_code_2() -> None:
     assert _serve(server, "--num-prompts", "1").exit_code == 2  # nobody listens any more
 
 
+def test_a_trace_is_replayed_at_its_own_rate(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    trace.write_text("".join(f"{1000 + 0.05 * i}\n" for i in range(9)))
+    with fake_server() as server:
+        done = _serve(
+            server, "--arrival-trace", str(trace), "--num-prompts", "9", "--save-detailed",
+            "--result-dir", str(tmp_path), "--result-filename", "r.json",
+        )  # fmt: skip
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["request_rate"] == 20.0
+    assert "sent at 20.0 a second" in done.output
+    assert found["start_times"] == pytest.approx([0.05 * i for i in range(9)])
+
+
 def test_sweep_saves_every_rate(tmp_path: Path) -> None:
     with fake_server() as server:
         done = _run(

@@ -26,6 +26,7 @@ from isologit.errors import ConfigError
         ({"dataset_name": "alpaca"}, "--dataset-path"),
         ({"dataset_name": "builtin", "dataset_path": Path("x")}, "takes no --dataset-path"),
         ({"contest_arrivals": True, "arrival_trace": Path("x")}, "exclude each other"),
+        ({"request_rate": 5.0, "arrival_trace": Path("x")}, "leave out --request-rate"),
         ({"test_time": 10.0}, "finite --request-rate"),
         ({"test_time": 10.0, "request_rate": 1.0, "num_prompts": 5}, "give one"),
         ({"test_time": 0.1, "request_rate": 1.0}, "at least one request"),

@@ -72,6 +72,8 @@ class ServingOptions:
             raise ConfigError("--dataset-name builtin takes no --dataset-path; leave one of them out")
         if self.contest_arrivals and self.arrival_trace is not None:
             raise ConfigError("--contest-arrivals and --arrival-trace exclude each other; give one")
+        if self.arrival_trace is not None and not math.isinf(self.request_rate):
+            raise ConfigError("--arrival-trace says when requests are sent; leave out --request-rate")
         if self.test_time is not None:
             self._check_test_time(self.test_time)
         if self.ignore_eos and not self.dialect.can_ignore_eos:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
@@ -47,7 +48,7 @@ def build_result(
         "model_id": run.plan.model,
         "tokenizer_id": tokenizer_name,
         "num_prompts": len(run.plan.requests),
-        "request_rate": plain(options.request_rate),
+        "request_rate": plain(_request_rate(options, run)),
         "burstiness": plain(options.burstiness),
         "max_concurrency": options.max_concurrency,
         **figures,
@@ -60,6 +61,14 @@ def build_result(
         "hashes": _hashes(run, options),
     }
     return {**result, **_details(run, lengths)} if detailed else result
+
+
+def _request_rate(options: ServingOptions, run: LoadRun) -> float:
+    """Requests a second that were asked for; of a trace, those it has between its first and its last."""
+    if options.arrival_trace is None:
+        return options.request_rate
+    last_s = float(run.plan.arrival_s[-1])
+    return round((len(run.plan.requests) - 1) / last_s, 3) if last_s else math.inf
 
 
 def _failures(records: Sequence[RequestRecord]) -> list[dict[str, Any]]:

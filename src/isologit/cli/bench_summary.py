@@ -43,7 +43,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["reported_output_tokens"] is not None:
         tokens += f" (the server says {_count(found['reported_output_tokens'])} out)"
     rows = [
-        ("requests", f"{found['completed']} of {found['issued']} completed, {found['request_rate']} a second"),
+        ("requests", f"{found['completed']} of {found['issued']} completed, sent {_rate(found['request_rate'])}"),
         ("duration", f"{found['duration']:.2f} s"),
         ("tokens", tokens),
         (
@@ -57,6 +57,10 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["lag"] is not None:
         rows.append(("own lag", f"{found['lag']['mean_ms']:.2f} ms mean, {found['lag']['max_ms']:.2f} ms at most"))
     return rows
+
+
+def _rate(value: float | str) -> str:
+    return "all at once" if value == "inf" else f"at {value} a second"
 
 
 def _spread(found: dict[str, Any]) -> Table | None:
