@@ -83,6 +83,8 @@ class Comparison:
         for repeat in range(self.repeats):
             self.result["limits"].append(least_seconds(config, self.lengths, measure_rates(), _BYTES[self.dtype]))
             for system in systems.copy():
+                if system.slow and repeat and len(self.lengths) > 1:
+                    continue
                 self.say(f"repeat {repeat + 1} of {self.repeats}: {system.label} ...")
                 part = self._part(system)
                 try:

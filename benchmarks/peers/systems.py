@@ -21,7 +21,8 @@ class System:
     """One competitor. `environment` is its folder under `.venvs`, or None for the running interpreter.
 
     `grids` holds the values worth trying for requests "many" or "alone"; the first of each is the default.
-    `sequential` systems have no batch, so their time on a part of the requests scales to the whole.
+    `sequential` systems have no batch, so their time on a part of the requests scales to the whole. `slow` ones,
+    several times slower than the others, run in the first repeat only.
     """
 
     name: str
@@ -30,6 +31,7 @@ class System:
     many: Grid
     alone: Grid
     sequential: bool = False
+    slow: bool = False
 
     @property
     def python(self) -> Path:
@@ -97,14 +99,24 @@ SYSTEMS = {
             "transformers",
             many={"slots": [128, 64], "max_batch_tokens": [512, 2048], **_ATTENTION, "order": _ORDER},
             alone={"slots": [1], "max_batch_tokens": [512], **_ATTENTION, "order": _ORDER},
+            slow=True,
         ),
-        System("transformers", "transformers, one by one", "transformers", _ATTENTION, _ATTENTION, sequential=True),
+        System(
+            "transformers",
+            "transformers, one by one",
+            "transformers",
+            many=_ATTENTION,
+            alone=_ATTENTION,
+            sequential=True,
+            slow=True,
+        ),
         System(
             "ctranslate2",
             "CTranslate2",
             "ctranslate2",
             many={"batch_size": [64, 32, 16], "order": _ORDER},
             alone={"batch_size": [1], "order": _ORDER},
+            slow=True,
         ),
         System(
             "llamacpp",
@@ -112,6 +124,7 @@ SYSTEMS = {
             "llamacpp",
             many={"slots": [8, 32, 64], "batch_tokens": [512], "flash_attention": [True, False], "order": _ORDER},
             alone={"slots": [1], "batch_tokens": [512], "flash_attention": [True, False], "order": _ORDER},
+            slow=True,
         ),
     )
 }

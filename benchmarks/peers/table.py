@@ -60,9 +60,24 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for name in sorted(summary, key=lambda system: summary[system]["median_s"]):
         lines.append(_row(result["systems"][name], summary[name], [r for r in result["runs"] if r["system"] == name]))
+    proofs = [proof for run in result["runs"] if (proof := run.get("certificate")) is not None]
+    if proofs:
+        lines += ["", _certificates(proofs)]
     for failure in result["failures"]:
         lines += ["", f"{result['systems'][failure['system']]['label']} did not run: {failure['reason']}"]
     return "\n".join(lines) + "\n"
+
+
+def _certificates(proofs: Sequence[dict[str, Any]]) -> str:
+    verdicts = [proof["verdict"] for proof in proofs]
+    rescored = sum(proof["tokens_rescored"] for proof in proofs)
+    agreed = sum(proof["tokens_agreed"] for proof in proofs)
+    return (
+        f"Certificates of the timed isologit runs: {verdicts.count('VALID')} of {len(proofs)} VALID; "
+        f"{sum(proof['captured_rows'] for proof in proofs)} logits rows kept during the runs, largest difference "
+        f"{max(proof['max_abs'] for proof in proofs):.1e}; {agreed} of {rescored} re-scored tokens are the "
+        f"reference's choice, {sum(proof['ties'] for proof in proofs)} are ties."
+    )
 
 
 def _row(system: dict[str, Any], figures: dict[str, float], runs: list[dict[str, Any]]) -> str:
@@ -70,6 +85,8 @@ def _row(system: dict[str, Any], figures: dict[str, float], runs: list[dict[str,
     if system["measured_requests"] is not None:
         label += f" ({system['measured_requests']} requests, scaled)"
     ratio = f"{figures['times_isologit']:.2f}" if "times_isologit" in figures else ""
+    if len(runs) == 1:
+        label += " (one run)"
     same = [run["agreement"] for run in runs if run["agreement"] is not None]
     settings = ", ".join(f"{key} {_plain(value)}" for key, value in system["settings"].items())
     return (

@@ -31,6 +31,7 @@ Prompt = str | Mapping[str, Any]
 
 _PREFIX_CACHE_BLOCKS = 64  # blocks beyond what running requests can need, so that finished prefixes stay a while
 _OPEN_SLOTS, _OPEN_ROWS = 128, 512  # of a loop whose requests are not known, unless the options say otherwise
+_PREPARED_TOKENS, _PREPARED_BYTES = 32768, 2 << 30  # key/value memory that is ready before any request is known
 _DEFAULT_KV_SHARE = 0.5  # of the memory that is free when the model is loaded
 
 
@@ -40,7 +41,9 @@ class LLM:
     model: Hugging Face LLaMA folder, MindFormers checkpoint, or with `load_format="dummy"` a preset or config.json.
     tokenizer: folder or file, when it is not in the model's folder. `max_num_seqs` (running slots) and
     `max_num_batched_tokens` (tokens of one step) are chosen by the planner when None. `speculative_config`: None, or a
-    dictionary of `SpeculativeConfig` fields. Weights are float32 or widened exactly to it; all arithmetic is float32.
+    dictionary of `SpeculativeConfig` fields. `kv_cache_memory_bytes` bounds keys and values; None takes up to half of
+    the memory that is free, as far as the running requests need it. Weights are float32 or widened exactly to it; all
+    arithmetic is float32.
 
     Raises ModelError for a checkpoint that cannot be loaded, ConfigError for invalid options.
     """
@@ -298,9 +301,16 @@ class LLM:
     # -- speed ----------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compile the kernels and measure what steps of different sizes cost (about a second once compiled)."""
+        """Compile the kernels, prepare memory, and measure what steps cost (about two seconds once compiled).
+
+        Prepared is key/value memory for 32768 tokens, 2 GiB at most; or all of `kv_cache_memory_bytes`, if given.
+        """
         rows = max(1, min(CALIBRATION_ROWS[-1], self.max_kv_blocks))
-        self._make_room(rows, rows)
+        ready = self.max_kv_blocks
+        if self.engine_config.kv_cache_memory_bytes is None:
+            most = _PREPARED_BYTES // self._kv_bytes_per_block()
+            ready = min(ready, most, _PREPARED_TOKENS // self._model.block_size)
+        self._make_room(max(rows, ready), rows)
         self._step_times = [measure_step_times(model, self.config.vocab_size, rows) for model in self._models]
 
     def _calibrated(self) -> list[StepTimes]:

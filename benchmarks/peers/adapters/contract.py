@@ -4,9 +4,9 @@
 
 Only the standard library may be imported here: each adapter runs in its own system's environment. The workload file is
 `{"model_dir", "requests": [{"prompt_token_ids", "max_tokens"}], "warm_up": [...], "settings": {...}}`. The result file
-is `{"load_s", "warm_up_s", "total_s", "output_token_ids": [[...]], "peak_memory_bytes", "versions", "settings"}`,
-outputs in the order of the requests, each exactly `max_tokens` long: greedy, no end token. Conversion to the system's
-own format is not timed.
+is `{"load_s", "warm_up_s", "total_s", "output_token_ids": [[...]], "peak_memory_bytes", "versions", "settings",
+"certificate"}`, outputs in the order of the requests, each exactly `max_tokens` long: greedy, no end token. Conversion
+to the system's own format is not timed, and neither is the proof that this engine gives of its run.
 """
 
 from __future__ import annotations
@@ -59,9 +59,15 @@ Generate = Callable[[Sequence[Request]], list[list[int]]]
 
 
 def adapt(
-    load: Callable[[Job], Generate], packages: Sequence[str], convert: Callable[[Job], None] | None = None
+    load: Callable[[Job], Generate],
+    packages: Sequence[str],
+    convert: Callable[[Job], None] | None = None,
+    certify: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
-    """Be an adapter: the whole of a run. `packages` are the distributions whose versions are recorded."""
+    """Be an adapter: the whole of a run. `packages` are the distributions whose versions are recorded.
+
+    `certify` is called after the last run and says whether its outputs are the reference's.
+    """
     workload = json.loads(Path(sys.argv[1]).read_text())
     requests = [Request(**request) for request in workload["requests"]]
     warm_up = [Request(**request) for request in workload["warm_up"]]
@@ -83,6 +89,7 @@ def adapt(
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "settings": job.settings,
+        "certificate": None if certify is None else certify(),
     }
     Path(sys.argv[2]).write_text(json.dumps(result))
     os._exit(0)  # threads a system leaves behind would keep the process alive

@@ -253,7 +253,7 @@ class LlamaCPU:
         self._load(tensors)
         angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), rope_inv_freq(config))
         self._cos, self._sin = angles.cos().numpy().reshape(-1), angles.sin().numpy().reshape(-1)
-        self._keys = self._values = np.zeros((config.num_hidden_layers, 0), np.float32)
+        self.allocate_kv(0)
         self.reserve(1)
 
     def close(self) -> None:
@@ -321,11 +321,12 @@ class LlamaCPU:
         return _round_up(self.config.head_dim, PANEL_WIDTH)
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Make room for `num_blocks` blocks of `block_size` tokens."""
+        """Make room for `num_blocks` blocks of `block_size` tokens; all is written, so that no step waits for a page."""
         c = self.config
         per_block = c.num_key_value_heads * self.block_size
-        self._keys = np.zeros((c.num_hidden_layers, num_blocks * per_block * c.head_dim), np.float32)
-        self._values = np.zeros((c.num_hidden_layers, num_blocks * per_block * self._value_width), np.float32)
+        self._keys = self._values = np.empty((c.num_hidden_layers, 0), np.float32)  # the old ones go first
+        self._keys = np.full((c.num_hidden_layers, num_blocks * per_block * c.head_dim), 0, np.float32)
+        self._values = np.full((c.num_hidden_layers, num_blocks * per_block * self._value_width), 0, np.float32)
 
     def reserve(self, max_num_batched_tokens: int) -> None:
         """Allocate the step's buffers for up to `max_num_batched_tokens` tokens."""
