@@ -26,6 +26,7 @@ class Running:
     url: str
     service: Service
     llm: LLM
+    uvicorn: Server
 
     def wait_idle(self) -> None:
         """Until nothing runs; then every slot and block must be back."""
@@ -51,7 +52,7 @@ def running(options: ServerOptions | None = None) -> Iterator[Running]:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, llm)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, llm, server)
     finally:
         server.should_exit = True
         thread.join(timeout=30)

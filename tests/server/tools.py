@@ -66,7 +66,7 @@ def _completion(prompt: str, tokens: int) -> dict[str, Any]:
 
 
 def _chat(prompt: str, tokens: int) -> dict[str, Any]:
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": prompt.removesuffix("\n")}]  # the template adds it
     return {"model": NAME, "messages": messages, "max_tokens": tokens, "temperature": 0}
 
 
@@ -91,7 +91,7 @@ class Steps:
 
     seconds: float = 0.0
     plans: list[list[str]] = field(default_factory=list)
-    fail: Exception | None = None
+    failures: list[Exception] = field(default_factory=list)  # the next steps raise these
     gate: threading.Event = field(default_factory=threading.Event)  # steps wait while it is clear
 
     def wait_for(self, count: int) -> None:
@@ -113,8 +113,8 @@ def steps_of(server: Running, seconds: float = 0.0) -> Iterator[Steps]:
         steps.plans.append([entry.seq.request.request_id for entry in plan.sequences])
         assert steps.gate.wait(30)
         time.sleep(steps.seconds)
-        if steps.fail is not None:
-            raise steps.fail
+        if steps.failures:
+            raise steps.failures.pop(0)
         return execute(plan)
 
     runner.execute = slowly  # type: ignore[method-assign]
@@ -178,7 +178,8 @@ class Process:
 def process(*options: str, before: str = "") -> Iterator[Process]:
     """A server process on a free port. before: Python code that runs in it first."""
     code = f"{before}\nfrom isologit.cli import main\nmain()"
-    arguments = [sys.executable, "-c", code, "serve", "--port", "0", "--threads", "1", *options]
+    arguments = [sys.executable, "-c", code, "serve", "--port", "0", "--threads", "1"]
+    arguments += ["--served-model-name", NAME, *options]
     popen = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)
     lines: list[str] = []
     assert popen.stderr is not None

@@ -227,7 +227,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            while self._take_inbox() and self.failed is None:
+            while self.failed is None and self._take_inbox():
                 self._admit()
                 if self.engine.has_work():
                     self._step()

@@ -6,6 +6,7 @@ objects when somebody asks.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -72,6 +73,8 @@ class ServerMetrics(Collector):
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of key/value blocks in use; 1 is all.", used)
         yield self._counter("vllm:prompt_tokens", "Prompt tokens of requests taken.", self.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Output tokens of all requests.", self.generation_tokens)
+        tasks = len(asyncio.all_tasks())
+        yield self._gauge("isologit:tasks", "Asynchronous tasks of the server, this request's included.", tasks)
         reasons = CounterMetricFamily(
             "vllm:request_success", "Finished requests by reason.", labels=("model_name", "finished_reason")
         )
