@@ -28,7 +28,7 @@ print(json.dumps({"flops": product_rate(), "bytes_per_s": streaming_rate()}))
 
 @dataclass(frozen=True)
 class Rates:
-    """float32 matrix products in FLOP/s, and a matrix-vector product's pass over memory in bytes/s."""
+    """float32 matrix products of the library in FLOP/s, and reading memory in bytes/s."""
 
     flops: float
     bytes_per_s: float

@@ -321,7 +321,7 @@ class LlamaCPU:
         return _round_up(self.config.head_dim, PANEL_WIDTH)
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Make room for `num_blocks` blocks of `block_size` tokens; all is written, so that no step waits for a page."""
+        """Make room for `num_blocks` blocks of `block_size` tokens; all is written, so no step waits for a page."""
         c = self.config
         per_block = c.num_key_value_heads * self.block_size
         self._keys = self._values = np.empty((c.num_hidden_layers, 0), np.float32)  # the old ones go first
