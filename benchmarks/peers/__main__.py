@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
+    slow = [name for name, system in SYSTEMS.items() if system.slow]
+    parser.add_argument("--once", nargs="*", choices=SYSTEMS, default=slow, metavar="NAME", help="not repeated")
     parser.add_argument("--requests", type=int, help="only the first so many (with --tune: 60 unless given)")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="how weights are stored")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and prompts")
@@ -43,6 +45,7 @@ def main() -> None:
         repeats=args.repeats,
         seed=args.seed,
         dtype=args.dtype,
+        once=frozenset(args.once),
         timeout_s=args.timeout,
         say=say_with_time,
     )

@@ -19,7 +19,8 @@ from benchmarks.peers.workloads import Lengths, Workload, workload_file
 from isologit.config import PRESETS
 from isologit.job.environment import describe_environment
 
-_SEQUENTIAL_REQUESTS = 20  # of a sequential system; its time is additive, so it scales by output tokens
+# Requests that a sequential and a slow system run; their time is scaled by output tokens.
+_SEQUENTIAL_REQUESTS, _SLOW_REQUESTS = 20, 60
 _BYTES = {"float32": 4, "float16": 2}
 
 Say = Callable[[str], None]
@@ -35,6 +36,7 @@ class Comparison:
     repeats: int
     seed: int
     dtype: str
+    once: frozenset[str]  # systems that run in the first repeat only
     timeout_s: float
     say: Say
     result: dict[str, Any] = field(init=False)
@@ -83,7 +85,7 @@ class Comparison:
         for repeat in range(self.repeats):
             self.result["limits"].append(least_seconds(config, self.lengths, measure_rates(), _BYTES[self.dtype]))
             for system in systems.copy():
-                if system.slow and repeat and len(self.lengths) > 1:
+                if repeat and system.name in self.once:
                     continue
                 self.say(f"repeat {repeat + 1} of {self.repeats}: {system.label} ...")
                 part = self._part(system)
@@ -152,12 +154,13 @@ class Comparison:
                 )
 
     def _part(self, system: System) -> list[int] | None:
-        """Indices of the requests a sequential system runs, evenly spread over their lengths; None for all."""
+        """Indices of the requests a slow system runs, evenly spread over their lengths; None for all."""
         count = len(self.lengths)
-        if not system.sequential or count <= _SEQUENTIAL_REQUESTS:
+        most = _SEQUENTIAL_REQUESTS if system.sequential else _SLOW_REQUESTS if system.slow else count
+        if count <= most:
             return None
         by_length = sorted(range(count), key=lambda i: self.lengths[i][1])
-        return [by_length[(2 * k + 1) * count // (2 * _SEQUENTIAL_REQUESTS)] for k in range(_SEQUENTIAL_REQUESTS)]
+        return [by_length[(2 * k + 1) * count // (2 * most)] for k in range(most)]
 
     def _only(self, part: list[int] | None) -> dict[str, Any]:
         if part is None:
