@@ -109,6 +109,44 @@ def test_logits_are_bit_identical_whatever_the_batch(
         assert np.array_equal(a.logits, b.logits)
 
 
+@pytest.mark.parametrize("slots", [1, 20])
+def test_a_draft_model_saves_steps_and_changes_no_bit(model: tuple[Path, LlamaForCausalLM], slots: int) -> None:
+    folder, _ = model
+    prompts, sampling = workload(20, seed=1, return_logits=True)
+    plain = LLM(folder, max_num_seqs=slots)
+    llm = LLM(folder, max_num_seqs=slots, speculative_config={"model": str(folder), "num_speculative_tokens": 4})
+    llm._make_proposer = _free_of_charge(llm._make_proposer)  # type: ignore[method-assign]
+    outputs = llm.generate(prompts, sampling)
+    for a, b in zip(plain.generate(prompts, sampling), outputs, strict=True):
+        assert a.token_ids == b.token_ids
+        assert np.array_equal(a.logits, b.logits)
+    assert len(llm.step_records) < 0.5 * len(plain.step_records)
+    assert sum(step.num_accepted_tokens for step in llm.step_records) > 100
+
+
+def _free_of_charge(make: Any) -> Any:
+    """The draft is as large as the model here, so by its price it would never guess."""
+
+    def made(max_rows: int) -> Any:
+        proposer = make(max_rows)
+        proposer._row_cost = lambda rows: 0.0
+        return proposer
+
+    return made
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(model: tuple[Path, LlamaForCausalLM], tmp_path: Path) -> None:
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCAB + 1
+        )
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="vocabulary"):
+        LLM(model[0], speculative_config={"model": str(tmp_path)})
+    with pytest.raises(ConfigError, match="draft_model"):
+        LLM(model[0], speculative_config={"method": "draft_model"})
+
+
 def test_bit_identity_is_not_a_property_of_any_matrix_product() -> None:
     """The inverse: the library's product does change a row with the batch, or this claim would be empty."""
     generator = torch.Generator().manual_seed(0)

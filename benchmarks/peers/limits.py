@@ -61,17 +61,21 @@ def step_rows(lengths: Sequence[tuple[int, int]], slots: int) -> list[tuple[int,
 
 
 def least_seconds(
-    config: ModelConfig, lengths: Sequence[tuple[int, int]], rates: Rates, bytes_per_weight: int
+    config: ModelConfig,
+    lengths: Sequence[tuple[int, int]],
+    rates: Rates,
+    bytes_per_weight: int,
+    slots: Sequence[int] = _SLOTS,
 ) -> dict[str, Any]:
     """`limit_s` at the number of slots where it is least, with that number, the steps and the operations."""
     head = 2 * config.hidden_size * config.vocab_size
     body = 2 * config.num_matmul_parameters - head
     stream_s = config.num_matmul_parameters * bytes_per_weight / rates.bytes_per_s
 
-    def limit(slots: int) -> dict[str, Any]:
-        steps = step_rows(lengths, slots)
+    def limit(count: int) -> dict[str, Any]:
+        steps = step_rows(lengths, count)
         work = [body * tokens + head * logits for tokens, logits in steps]
         seconds = sum(max(flops / rates.flops, stream_s) for flops in work)
-        return {"limit_s": seconds, "slots": slots, "steps": len(steps), "flop": sum(work)}
+        return {"limit_s": seconds, "slots": count, "steps": len(steps), "flop": sum(work)}
 
-    return {**min((limit(slots) for slots in _SLOTS), key=lambda found: found["limit_s"]), **asdict(rates)}
+    return {**min((limit(count) for count in slots), key=lambda found: found["limit_s"]), **asdict(rates)}

@@ -120,6 +120,14 @@ def run_command(
             rich_help_panel=_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition; 0 guesses none."
         ),
     ] = DEFAULT_SPECULATIVE_TOKENS,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_ENGINE,
+            metavar="DIR|FILE|PRESET",
+            help="A smaller model of the same vocabulary that guesses instead. Default: none.",
+        ),
+    ] = None,
     order: Annotated[
         Literal["longest-first", "given"],
         typer.Option(rich_help_panel=_ENGINE, help="Which requests start first."),
@@ -178,6 +186,7 @@ def run_command(
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
             num_speculative_tokens=speculative_tokens,
+            draft_model=draft_model,
             order=order,
             num_threads=threads,
             seed=seed,

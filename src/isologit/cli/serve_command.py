@@ -69,6 +69,9 @@ def serve_command(
     speculative_tokens: Annotated[
         int, _option(_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition.")
     ] = 8,
+    draft_model: Annotated[
+        str | None, _option(_ENGINE, metavar="DIR|FILE|PRESET", help="A smaller model that guesses instead.")
+    ] = None,
     threads: Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")] = None,
     strict_contest: Annotated[
         bool,
@@ -105,6 +108,7 @@ def serve_command(
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_model_len=asked.max_model_len if max_model_len is None else max_model_len,
                 num_speculative_tokens=speculative_tokens,
+                draft_model=draft_model,
                 enable_prefix_caching=enable_prefix_caching,
                 num_threads=threads,
                 max_queue=max_queue,

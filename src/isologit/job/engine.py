@@ -68,7 +68,7 @@ def load_engine(options: RunOptions) -> Engine:
 
     speculative = None
     if options.num_speculative_tokens:
-        speculative = {"num_speculative_tokens": options.num_speculative_tokens}
+        speculative = {"num_speculative_tokens": options.num_speculative_tokens, "model": options.draft_model}
     return LLM(
         demo_model_path() if options.model is None else options.model,
         tokenizer=options.tokenizer,

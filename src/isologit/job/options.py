@@ -31,7 +31,8 @@ class RunOptions:
 
     model: folder, file, preset or config.json; None is the built-in demo model. dataset: None is the built-in prompts,
     or the replay file when there is one. baseline_requests: None measures all. capture_rows, capture_seed,
-    certify_seconds: None chooses. num_speculative_tokens: 0 turns speculation off.
+    certify_seconds: None chooses. num_speculative_tokens: 0 turns speculation off. draft_model: folder, file or preset of
+    a smaller model that guesses; None looks guesses up in the request's own text.
     """
 
     model: str | None = None
@@ -48,6 +49,7 @@ class RunOptions:
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     num_speculative_tokens: int = DEFAULT_SPECULATIVE_TOKENS
+    draft_model: str | None = None
     order: Order = "longest-first"
     num_threads: int | None = None
     seed: int = 0
@@ -69,6 +71,8 @@ class RunOptions:
             raise ConfigError(f"certify_seconds must be above 0, not {self.certify_seconds}")
         if self.load_format == "dummy" and self.model is None:
             raise ConfigError("load_format dummy needs a model: a preset name or a config.json")
+        if self.draft_model is not None and not self.num_speculative_tokens:
+            raise ConfigError("draft_model guesses nothing when num_speculative_tokens is 0; leave one of them out")
         if self.resume and self.output is None:
             raise ConfigError("resume needs the output folder of the interrupted run; name it with --output")
 

@@ -46,6 +46,7 @@ class ServerOptions:
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     num_speculative_tokens: int = 0
+    draft_model: str | None = None
     enable_prefix_caching: bool = True
     num_threads: int | None = None
     seed: int = 0
@@ -106,7 +107,9 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
         max_num_batched_tokens=options.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
         speculative_config=(
-            {"num_speculative_tokens": options.num_speculative_tokens} if options.num_speculative_tokens else None
+            {"num_speculative_tokens": options.num_speculative_tokens, "model": options.draft_model}
+            if options.num_speculative_tokens
+            else None
         ),
         num_threads=options.num_threads,
         seed=options.seed,
