@@ -31,8 +31,8 @@ class RunOptions:
 
     model: folder, file, preset or config.json; None is the built-in demo model. dataset: None is the built-in prompts,
     or the replay file when there is one. baseline_requests: None measures all. capture_rows, capture_seed,
-    certify_seconds: None chooses. num_speculative_tokens: 0 turns speculation off. draft_model: folder, file or preset of
-    a smaller model that guesses; None looks guesses up in the request's own text.
+    certify_seconds: None chooses. num_speculative_tokens: 0 turns speculation off. draft_model: folder, file or preset
+    of a smaller model that guesses; None looks guesses up in the request's own text.
     """
 
     model: str | None = None

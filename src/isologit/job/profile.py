@@ -40,8 +40,9 @@ def streaming_rate(megabytes: int = 400, repeats: int = 7) -> float:
 
     A matrix-vector product of the library reads at half that rate on some machines.
     """
-    first, second = torch.randn(2, megabytes * 2**20 // 8)
-    return 2 * first.numel() * 4 / _median_seconds(lambda: torch.dot(first, second), repeats)
+    half = megabytes * 2**20 // 8
+    first, second = torch.randn(half), torch.randn(half)
+    return 8 * half / _median_seconds(lambda: torch.dot(first, second), repeats)
 
 
 def _median_seconds(work: Callable[[], object], repeats: int) -> float:
