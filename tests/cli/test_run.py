@@ -48,6 +48,16 @@ def test_json_is_one_object_and_nothing_else(invoke: Invoke, prompts: Path, tmp_
     assert json.loads(wrong.stdout)["exit_code"] == wrong.exit_code == 2
 
 
+def test_a_draft_model_guesses_and_the_proof_holds(invoke: Invoke, prompts: Path, model: Path, tmp_path: Path) -> None:
+    arguments = ("run", "--dataset", prompts, "--baseline-requests", 0, "--draft-model", model, "--json")
+    found = json.loads(invoke(*arguments, "--output", tmp_path / "out").stdout)
+    assert found["certificate"]["verdict"] == "VALID"
+    assert found["engine"]["draft_model"] == str(model)
+    useless = invoke(*arguments, "--output", tmp_path / "out2", "--speculative-tokens", 0)
+    assert useless.exit_code == 2
+    assert "draft_model" in useless.stdout
+
+
 def test_the_built_in_job_runs_without_a_single_option(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
