@@ -212,6 +212,20 @@ def test_sampling_is_seeded_and_logprobs_are_normalised(model: tuple[Path, Llama
         assert sum(math.exp(v) for v in values.values()) <= 1.0 + 1e-9
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_logprobs_may_be_the_logits_themselves(model: tuple[Path, LlamaForCausalLM], count: int) -> None:
+    llm = LLM(model[0], logprobs_mode="raw_logits")
+    params = SamplingParams(max_tokens=6, logprobs=count, return_logits=True, ignore_eos=True)
+    output = llm.generate({"prompt_token_ids": [1, 7, 8]}, params)[0]
+    assert output.logits is not None
+    assert output.logprobs is not None
+    for token, row, values in zip(output.token_ids, output.logits, output.logprobs, strict=True):
+        assert values[token] == row[token] == row.max()
+        assert len(values) == max(1, count)
+    with pytest.raises(ConfigError, match="logprobs_mode"):
+        LLM(model[0], logprobs_mode="probabilities")  # type: ignore[arg-type]
+
+
 def test_min_tokens_and_repetition_penalty_are_honoured(model: tuple[Path, LlamaForCausalLM]) -> None:
     folder, _ = model
     prompts, _ = workload(20, seed=3)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -42,8 +42,8 @@ class LLM:
     tokenizer: folder or file, when it is not in the model's folder. `max_num_seqs` (running slots) and
     `max_num_batched_tokens` (tokens of one step) are chosen by the planner when None. `speculative_config`: None, or a
     dictionary of `SpeculativeConfig` fields. `kv_cache_memory_bytes` bounds keys and values; None takes up to half of
-    the memory that is free, as far as the running requests need it. Weights are float32 or widened exactly to it; all
-    arithmetic is float32.
+    the memory that is free, as far as the running requests need it. `logprobs_mode` says what `logprobs` are, as in
+    vLLM. Weights are float32 or widened exactly to it; all arithmetic is float32.
 
     Raises ModelError for a checkpoint that cannot be loaded, ConfigError for invalid options.
     """
@@ -63,6 +63,7 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         num_threads: int | None = None,
         seed: int = 0,
+        logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs",
     ) -> None:
         self.engine_config = EngineConfig(
             max_num_seqs=max_num_seqs,
@@ -73,6 +74,7 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             num_threads=num_threads,
             seed=seed,
+            logprobs_mode=logprobs_mode,
         )
         self.checkpoint = _open(model, load_format, qkv_layout, seed)
         self.config: ModelConfig = self.checkpoint.config
@@ -269,7 +271,14 @@ class LLM:
             max_model_len=self.max_model_len,
         )
         scheduler = Scheduler(config, pool, self._make_proposer(rows))
-        return EngineLoop(scheduler, Runner(self._model), self.tokenizer, seed=options.seed, zero_s=zero_s)
+        return EngineLoop(
+            scheduler,
+            Runner(self._model),
+            self.tokenizer,
+            seed=options.seed,
+            zero_s=zero_s,
+            raw_logits=options.logprobs_mode == "raw_logits",
+        )
 
     def _make_room(self, num_blocks: int, rows: int) -> None:
         """Memory of both models for so many blocks and rows of a step; it only ever grows."""

@@ -42,7 +42,12 @@ class Running:
 @contextmanager
 def running(options: ServerOptions | None = None) -> Iterator[Running]:
     options = options or ServerOptions()
-    llm = LLM(demo_model_path(), num_threads=1, max_num_seqs=options.max_num_seqs)
+    llm = LLM(
+        demo_model_path(),
+        num_threads=1,
+        max_num_seqs=options.max_num_seqs,
+        logprobs_mode="raw_logits" if options.strict_contest else "raw_logprobs",
+    )
     service = make_service(llm, options, NAME)
     server = Server(service)
     listener = bind("127.0.0.1", 0)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import requests
 from tests.server.conftest import Running
@@ -282,7 +283,7 @@ def test_strict_contest_loses_the_last_text_and_nothing_else(start: Any, server:
 
     def ask(running: Running, path: str, prompt: str = PROMPTS[0], **parameters: Any) -> Any:
         answer = requests.post(f"{running.url}/models/llama2/{path}", json=body(prompt, **parameters), timeout=60)
-        found = [json.loads(line) for line in answer.text.splitlines()]
+        found = [_without_logprobs(json.loads(line)) for line in answer.text.splitlines()]
         return [line["data"][0] for line in found] if path == "generate_stream" else found[0]
 
     free, cut = ask(server, "generate"), ask(strict, "generate")
@@ -298,6 +299,23 @@ def test_strict_contest_loses_the_last_text_and_nothing_else(start: Any, server:
     assert ask(strict, "generate", "")["generated_text"] != "Error203: prompt token empty"
     info = _event(f"{strict.url}/serving/get_serverd_model_info")
     assert (info["max_total_tokens"], info["max_concurrent_requests"], info["version"]) == (128, 0, "2.3")
+
+
+def _without_logprobs(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_logprobs(inner) for key, inner in value.items() if key != "logprob"}
+    return [_without_logprobs(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_strict_contest_tells_logits_and_otherwise_probabilities(start: Any, server: Running) -> None:
+    llm = type(server.llm)(server.llm.checkpoint.source, num_threads=1)
+    rows = llm.generate(PROMPTS[0], SamplingParams(max_tokens=9, return_logits=True))[0].logits
+    llm.close()
+    assert rows is not None
+    strict = start(strict_contest=True)
+    for running, wanted in ((strict, rows.max(1)), (server, -np.log(np.exp(rows - rows.max(1)[:, None]).sum(1)))):
+        answer = requests.post(f"{running.url}/models/llama2/generate", json=body(), timeout=60).json()
+        assert [token["logprob"] for token in answer["tokens"]] == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
 class ArchivedClient:

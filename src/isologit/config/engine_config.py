@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from isologit.errors import ConfigError
 
@@ -48,8 +49,11 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     num_threads: int | None = None
     seed: int = 0
+    logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"  # what `logprobs` are
 
     def __post_init__(self) -> None:
+        if self.logprobs_mode not in ("raw_logprobs", "raw_logits"):
+            raise ConfigError(f'logprobs_mode "{self.logprobs_mode}" is unknown; use "raw_logprobs" or "raw_logits"')
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -76,7 +76,14 @@ class EngineLoop:
     """Runs requests to completion, one step at a time."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, tokenizer: TextDecoder | None, *, seed: int, zero_s: float
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        tokenizer: TextDecoder | None,
+        *,
+        seed: int,
+        zero_s: float,
+        raw_logits: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -84,6 +91,7 @@ class EngineLoop:
         self.step_records: list[StepRecord] = []
         self._gained: list[tuple[Sequence, int, _Progress]] = []  # of the last step: who, and what they had before
         self._seed = seed
+        self._raw_logits = raw_logits
         self._zero_s = zero_s
         self._num_added = 0
         self._progress: dict[str, _Progress] = {}
@@ -222,7 +230,7 @@ class EngineLoop:
                 progress.logits.append(values.copy())
             if params.logprobs is not None:
                 token = seq.token_ids[seq.num_prompt_tokens + index]
-                progress.logprobs.append(top_logprobs(values, token, params.logprobs))
+                progress.logprobs.append(top_logprobs(values, token, params.logprobs, raw_logits=self._raw_logits))
         if LAST_TOKEN in request.capture and seq.finish_reason is not None:
             progress.captured[seq.num_output_tokens - 1] = result.logits[row + scheduled.num_accepted - 1].copy()
 

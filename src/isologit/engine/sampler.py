@@ -17,12 +17,14 @@ def log_softmax(row: np.ndarray) -> np.ndarray:
     return normalised
 
 
-def top_logprobs(row: np.ndarray, token_id: int, count: int) -> dict[int, float]:
-    """Log-probability of `token_id` and of the `count` most likely tokens, by token id."""
+def top_logprobs(row: np.ndarray, token_id: int, count: int, *, raw_logits: bool = False) -> dict[int, float]:
+    """Log-probability, or the logit itself, of `token_id` and of the `count` most likely tokens, by token id."""
+    if count == 0 and raw_logits:
+        return {token_id: float(row[token_id])}
     if count == 0:  # NOTE: servers ask this of every row, so no second pass over the row beyond the sum
         top = row.max()
         return {token_id: float(row[token_id] - top) - math.log(float(np.exp(row - top).sum(dtype=np.float64)))}
-    values = log_softmax(row)
+    values = row if raw_logits else log_softmax(row)
     wanted = {token_id: float(values[token_id])}
     count = min(count, len(values))
     best = np.argpartition(-values, count - 1)[:count]

@@ -113,6 +113,7 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
         ),
         num_threads=options.num_threads,
         seed=options.seed,
+        logprobs_mode="raw_logits" if options.strict_contest else "raw_logprobs",
     )
     try:
         service = make_service(llm, options, name)
