@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.peers.limits import least_seconds, measure_rates
+from benchmarks.peers.models import model_folder
 
 from isologit import LLM, GenerationRequest, SamplingParams
 from isologit.config import load_model_config
@@ -25,8 +26,8 @@ from isologit.model.tokenizer import load_tokenizer
 from isologit.workload import RequestSpec, load_dataset, load_replay
 
 _RESULTS = Path(__file__).parent / "results"
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_CASES = ((1, 40), (8, 160), (128, 1000))  # slots, and requests that keep them busy long enough to measure
+_BYTES = {"float32": 4, "float16": 2}
+_CASES = ((1, 40), (8, 160), (128, 400))  # slots, and requests that keep them busy long enough to measure
 
 
 def main() -> None:
@@ -36,16 +37,18 @@ def main() -> None:
     parser.add_argument("--replay", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--model", default="llama-110m", help="preset; its weights are random")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="how weights are stored")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=_RESULTS / "speculation.json")
     args = parser.parse_args()
     requests = _requests(args.dataset, args.replay, args.tokenizer)
     config = load_model_config(args.model)
+    folder = model_folder(args.model, seed=args.seed, dtype=args.dtype)
     result: dict[str, Any] = {
         "benchmark": "speculation",
         "model": args.model,
-        "dtype": config.dtype,
+        "dtype": args.dtype,
         "seed": args.seed,
         "repeats": args.repeats,
         "environment": describe_environment(),
@@ -54,9 +57,9 @@ def main() -> None:
     for slots, count in _CASES:
         part = _spread(requests, count)
         lengths = [(len(r.prompt_token_ids), r.params.max_tokens) for r in part]
-        limit = least_seconds(config, lengths, measure_rates(), _BYTES[config.dtype], slots=(slots,))
+        limit = least_seconds(config, lengths, measure_rates(), _BYTES[args.dtype], slots=(slots,))
         case = {"slots": slots, "requests": len(part), "limit_of_plain_run_s": limit["limit_s"]}
-        engines = {name: _engine(args.model, slots, args.seed, speculative=name == "on") for name in ("off", "on")}
+        engines = {name: _engine(folder, slots, speculative=name == "on") for name in ("off", "on")}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
         for _ in range(args.repeats):
             for name, engine in engines.items():
@@ -93,9 +96,8 @@ def _spread(requests: Sequence[GenerationRequest], count: int) -> list[Generatio
     return [by_length[(2 * k + 1) * len(requests) // (2 * count)] for k in range(count)]
 
 
-def _engine(model: str, slots: int, seed: int, *, speculative: bool) -> LLM:
-    config = {} if speculative else None
-    llm = LLM(model, load_format="dummy", max_num_seqs=slots, speculative_config=config, seed=seed)
+def _engine(folder: Path, slots: int, *, speculative: bool) -> LLM:
+    llm = LLM(folder, max_num_seqs=slots, speculative_config={} if speculative else None)
     llm.warm_up()
     return llm
 

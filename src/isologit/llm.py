@@ -39,11 +39,12 @@ class LLM:
     """A model, ready to generate.
 
     model: Hugging Face LLaMA folder, MindFormers checkpoint, or with `load_format="dummy"` a preset or config.json.
-    tokenizer: folder or file, when it is not in the model's folder. `max_num_seqs` (running slots) and
-    `max_num_batched_tokens` (tokens of one step) are chosen by the planner when None. `speculative_config`: None, or a
-    dictionary of `SpeculativeConfig` fields. `kv_cache_memory_bytes` bounds keys and values; None takes up to half of
-    the memory that is free, as far as the running requests need it. `logprobs_mode` says what `logprobs` are, as in
-    vLLM. Weights are float32 or widened exactly to it; all arithmetic is float32.
+    config: a `config.json` or MindFormers YAML to use instead of the one beside the weights. tokenizer: folder or file,
+    when it is not in the model's folder. `max_num_seqs` (running slots) and `max_num_batched_tokens` (tokens of one
+    step) are chosen by the planner when None. `speculative_config`: None, or a dictionary of `SpeculativeConfig`
+    fields. `kv_cache_memory_bytes` bounds keys and values; None takes up to half of the memory that is free, as far as
+    the running requests need it. `logprobs_mode` says what `logprobs` are, as in vLLM. Weights are float32 or widened
+    exactly to it; all arithmetic is float32.
 
     Raises ModelError for a checkpoint that cannot be loaded, ConfigError for invalid options.
     """
@@ -52,6 +53,7 @@ class LLM:
         self,
         model: str | Path,
         *,
+        config: str | Path | None = None,
         tokenizer: str | Path | None = None,
         load_format: str = "auto",
         qkv_layout: str | None = None,
@@ -76,7 +78,7 @@ class LLM:
             seed=seed,
             logprobs_mode=logprobs_mode,
         )
-        self.checkpoint = _open(model, load_format, qkv_layout, seed)
+        self.checkpoint = _open(model, load_format, seed, config=config, qkv_layout=qkv_layout)
         self.config: ModelConfig = self.checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(Path(tokenizer) if tokenizer else self.checkpoint.source)
         self.num_threads = num_threads or len(os.sched_getaffinity(0))
@@ -102,7 +104,7 @@ class LLM:
         speculative = self.engine_config.speculative
         if speculative is None or speculative.model is None:
             return None
-        checkpoint = _open(speculative.model, load_format, None, self.engine_config.seed)
+        checkpoint = _open(speculative.model, load_format, self.engine_config.seed)
         if checkpoint.config.vocab_size != self.config.vocab_size:
             raise ModelError(
                 f"{speculative.model}: a draft model needs the vocabulary of the model it guesses for, but it has "
@@ -354,13 +356,20 @@ class LLM:
         }
 
 
-def _open(model: str | Path, load_format: str, qkv_layout: str | None, seed: int) -> Checkpoint:
+def _open(
+    model: str | Path,
+    load_format: str,
+    seed: int,
+    *,
+    config: str | Path | None = None,
+    qkv_layout: str | None = None,
+) -> Checkpoint:
     if load_format == "dummy":
-        config = load_model_config(model)
-        return dummy_checkpoint(config, seed=seed, dtype=config.dtype)
+        shape = load_model_config(model)
+        return dummy_checkpoint(shape, seed=seed, dtype=shape.dtype)
     if load_format != "auto":
         raise ConfigError(f'load_format "{load_format}" is unknown; use "auto" or "dummy"')
-    return open_checkpoint(Path(model), qkv_layout=qkv_layout)
+    return open_checkpoint(Path(model), config=config, qkv_layout=qkv_layout)
 
 
 def _expected_tokens(request: GenerationRequest) -> int:

@@ -144,6 +144,8 @@ def test_the_mindformers_yaml_names_the_checkpoint(tmp_path: Path) -> None:
     (folder / "llama2_7b").mkdir()
     assert model(inner) == folder / "llama2_7b"
     assert model({"load_checkpoint": "a.ckpt", **inner}) == folder / "a.ckpt"
+    assert load_contest_config(write(tmp_path, CONTEST, inner)).model_config == folder / "predict_llama2_7b.yaml"
+    assert load_contest_config(write(tmp_path, CONTEST, {"load_checkpoint": "a.ckpt"})).model_config is None
     with pytest.raises(ConfigError, match="load_checkpoint must be text"):
         model({"load_checkpoint": ["a.ckpt"]})
 
@@ -225,9 +227,9 @@ def _offline(prompt: str, count: int) -> str:
 
 def test_a_server_starts_from_the_yaml(tmp_path: Path) -> None:
     """As the contest starts it: a MindSpore checkpoint, relative paths, what is ignored on standard error."""
-    (tmp_path / "models").mkdir()
+    (tmp_path / "weights").mkdir()  # nothing else lies beside the checkpoint
     demo = open_checkpoint(demo_model_path())
-    write_mindspore_ckpt(tmp_path / "models" / "demo.ckpt", mindformers_names(demo.tensors))
+    write_mindspore_ckpt(tmp_path / "weights" / "demo.ckpt", mindformers_names(demo.tensors))
     shape = {
         "type": "LlamaConfig",
         "vocab_size": demo.config.vocab_size,
@@ -241,7 +243,7 @@ def test_a_server_starts_from_the_yaml(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         CONTEST,
-        {"load_checkpoint": "demo.ckpt", "model": {"model_config": shape}},
+        {"load_checkpoint": "../weights/demo.ckpt", "model": {"model_config": shape}},
         model_config__seq_length=[512],
         model_config__decode_batch_size=[4],
         tokenizer__vocab_file=str(demo_model_path() / "tokenizer.model"),

@@ -97,6 +97,7 @@ def serve_command(
         code = serve(
             ServerOptions(
                 model=model or (None if asked.model is None else str(asked.model)),
+                model_config=asked.model_config if model is None else None,
                 tokenizer=tokenizer or asked.tokenizer,
                 load_format=load_format,
                 qkv_layout=qkv_layout,

@@ -164,9 +164,11 @@ class EngineLoop:
             for s, count in zip(plan.sequences, before, strict=True)
             if s.num_accepted
         ]
+        asked = any(s.seq.request.params.logprobs is not None for s in plan.sequences)
+        normalisers = self.runner.log_normalisers(result) if asked and not self._raw_logits else None
         drafts = accepted = 0
         for scheduled_seq, row, first_index in zip(plan.sequences, result.first_rows, before, strict=True):
-            self._collect(scheduled_seq, result, row, first_index, committed)
+            self._collect(scheduled_seq, result, row, first_index, committed, normalisers)
             if scheduled_seq.draft_token_ids:
                 drafts += len(scheduled_seq.draft_token_ids)
                 accepted += max(0, scheduled_seq.num_accepted - 1)
@@ -209,7 +211,13 @@ class EngineLoop:
         return tokens
 
     def _collect(
-        self, scheduled: ScheduledSequence, result: StepResult, row: int, first_index: int, now: float
+        self,
+        scheduled: ScheduledSequence,
+        result: StepResult,
+        row: int,
+        first_index: int,
+        now: float,
+        normalisers: np.ndarray | None,
     ) -> None:
         """Keep the rows a request asked for, of the tokens it really gained."""
         seq = scheduled.seq
@@ -230,7 +238,8 @@ class EngineLoop:
                 progress.logits.append(values.copy())
             if params.logprobs is not None:
                 token = seq.token_ids[seq.num_prompt_tokens + index]
-                progress.logprobs.append(top_logprobs(values, token, params.logprobs, raw_logits=self._raw_logits))
+                normaliser = 0.0 if normalisers is None else float(normalisers[row + i])
+                progress.logprobs.append(top_logprobs(values, token, params.logprobs, normaliser))
         if LAST_TOKEN in request.capture and seq.finish_reason is not None:
             progress.captured[seq.num_output_tokens - 1] = result.logits[row + scheduled.num_accepted - 1].copy()
 

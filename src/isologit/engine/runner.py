@@ -19,6 +19,9 @@ class StepModel(Protocol):
     def forward(self, batch: FlatBatch) -> tuple[np.ndarray, np.ndarray]:
         """(logits float32 [R, vocab], argmax int64 [R]) of one step; views valid until the next call."""
 
+    def log_normalisers(self, rows: int) -> np.ndarray:
+        """log(sum(exp(logits))) of the first rows of the last step, float64 [rows]."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -41,6 +44,10 @@ class Runner:
         batch, first_rows = self.build(plan)
         logits, argmax = self.model.forward(batch)
         return StepResult(logits, argmax, first_rows)
+
+    def log_normalisers(self, result: StepResult) -> np.ndarray:
+        """What a row's logits exceed its log-probabilities by, float64 [R]; of the last step only."""
+        return self.model.log_normalisers(len(result.argmax))
 
     def forget(self, request_id: str) -> None:
         """The sequence has left: drop its block table."""

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from isologit.engine.request import SamplingParams
 
 
-def log_softmax(row: np.ndarray) -> np.ndarray:
-    """float64 [vocab] log-probabilities of one float32 [vocab] logits row."""
-    wide = row.astype(np.float64)
-    wide -= wide.max()
-    normalised: np.ndarray = wide - np.log(np.exp(wide).sum())
-    return normalised
+def top_logprobs(row: np.ndarray, token_id: int, count: int, normaliser: float) -> dict[int, float]:
+    """Log-probability of `token_id` and of the `count` most likely tokens, by token id.
 
-
-def top_logprobs(row: np.ndarray, token_id: int, count: int, *, raw_logits: bool = False) -> dict[int, float]:
-    """Log-probability, or the logit itself, of `token_id` and of the `count` most likely tokens, by token id."""
-    if count == 0 and raw_logits:
-        return {token_id: float(row[token_id])}
-    if count == 0:  # NOTE: servers ask this of every row, so no second pass over the row beyond the sum
-        top = row.max()
-        return {token_id: float(row[token_id] - top) - math.log(float(np.exp(row - top).sum(dtype=np.float64)))}
-    values = row if raw_logits else log_softmax(row)
-    wanted = {token_id: float(values[token_id])}
-    count = min(count, len(values))
-    best = np.argpartition(-values, count - 1)[:count]
-    wanted.update({int(i): float(values[i]) for i in best[np.argsort(-values[best], kind="stable")]})
+    row: float32 [vocab] logits. normaliser: the logarithm of the sum of their exponentials, or 0 for the logits as
+    they are.
+    """
+    wanted = {token_id: float(row[token_id]) - normaliser}
+    count = min(count, len(row))
+    if count:
+        best = np.argpartition(-row, count - 1)[:count]
+        wanted.update({int(i): float(row[i]) - normaliser for i in best[np.argsort(-row[best], kind="stable")]})
     return wanted
 
 

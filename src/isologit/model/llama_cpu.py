@@ -31,6 +31,7 @@ from isologit.ops.cpu import (
     barrier,
     interleave_gate_up,
     linear,
+    log_normaliser_row,
     pack_tile,
     pack_weight,
     panel_count,
@@ -194,6 +195,15 @@ def _step(
         chosen[i] = argmax_row(logits_flat, i * logits.shape[1], vocab)
     barrier(sync, num_threads)
     _book(thread, clock, _ARGMAX)
+
+
+@njit(nogil=True, cache=True)
+def _normalise(thread, num_threads, sync, logits, vocab, out):
+    """The normaliser of each row of `logits` [R, padded vocab], by `num_threads` threads."""
+    flat = logits.reshape(-1)
+    for i in range(thread, out.shape[0], num_threads):
+        out[i] = log_normaliser_row(flat, i * logits.shape[1], vocab)
+    barrier(sync, num_threads)
 
 
 class _Crew:
@@ -374,3 +384,9 @@ class LlamaCPU:
             self._row_scratch, self._offset_scratch, self._logits, chosen, self._clock,
         )  # fmt: skip
         return self._logits[:rows, : c.vocab_size], chosen
+
+    def log_normalisers(self, rows: int) -> np.ndarray:
+        """log(sum(exp(logits))) of the first `rows` rows of the last step, float64 [rows]."""
+        out = np.empty(rows)
+        self._crew.run(_normalise, np.zeros(COUNTER_STRIDE, np.int64), self._logits, self.config.vocab_size, out)
+        return out

@@ -482,3 +482,22 @@ def argmax_row(logits, offset, size):
             if logits[offset + i] == best:
                 return i
     return -1
+
+
+_EXP_CHUNK = 1024  # terms summed in float32 before they are added in float64
+
+
+@njit(nogil=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
+def log_normaliser_row(logits, offset, size):
+    """log(sum(exp(logits))) of one row, as float64: what turns a logit into the logarithm of a probability."""
+    top = logits[offset]
+    for i in range(1, size):
+        if logits[offset + i] > top:
+            top = logits[offset + i]
+    total = 0.0
+    for first in range(0, size, _EXP_CHUNK):
+        part = np.float32(0.0)
+        for i in range(first, min(size, first + _EXP_CHUNK)):
+            part += fast_exp(logits[offset + i] - top)
+        total += part
+    return top + math.log(total)

@@ -203,6 +203,21 @@ def argmax_numba(logits: torch.Tensor) -> torch.Tensor:
     return torch.tensor([cpu.argmax_row(flat, row * width, width) for row in range(logits.shape[0])])
 
 
+def _normaliser_inputs(generator: torch.Generator) -> Inputs:
+    return {"logits": torch.randn(4, 3000, generator=generator) * 8}
+
+
+def _normaliser_reference(logits: torch.Tensor) -> torch.Tensor:
+    """[R, V] -> [R]: the logarithm of the sum of exponentials."""
+    return logits.logsumexp(-1)
+
+
+def log_normaliser_numba(logits: torch.Tensor) -> torch.Tensor:
+    """Row by row with the CPU kernel."""
+    flat, width = _flat(logits), logits.shape[1]
+    return torch.tensor([cpu.log_normaliser_row(flat, row * width, width) for row in range(logits.shape[0])])
+
+
 def _linear_float16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return linear_numba(x, weight, "float16")
 
@@ -216,6 +231,7 @@ OPS: dict[str, Op] = {
         Op("rms_norm", _norm_reference, _norm_inputs, 1e-5, {"numba": rms_norm_numba}),
         Op("swiglu", _swiglu_reference, _swiglu_inputs, 2e-4, {"numba": swiglu_numba}),
         Op("paged_attention", _attention_reference, _attention_inputs, 1e-5, {"numba": paged_attention_numba}),
+        Op("log_normaliser", _normaliser_reference, _normaliser_inputs, 1e-5, {"numba": log_normaliser_numba}),
         Op("argmax", _argmax_reference, _argmax_inputs, 0.0, {"numba": argmax_numba}),
     )
 }

@@ -50,9 +50,13 @@ _TYPO = 0.85  # likeness from which on an unknown key is taken for a misspelt on
 
 @dataclass
 class ContestConfig:
-    """What a contest YAML asks for; None where it says nothing. `ignored`: one line for each key without effect."""
+    """What a contest YAML asks for; None where it says nothing. `ignored`: one line for each key without effect.
+
+    model_config: the MindFormers YAML with the model's config, wherever the checkpoint lies.
+    """
 
     model: Path | None = None
+    model_config: Path | None = None
     tokenizer: Path | None = None
     name: str | None = None
     host: str | None = None
@@ -82,7 +86,7 @@ def load_contest_config(path: Path) -> ContestConfig:
         elif key == "model_config.max_generate_length":
             lengths.append(_whole_number(where, value))
         elif key == "model_config.model_cfg_path":
-            found.model = _checkpoint(_beside(path, _text(where, value)))
+            found.model, found.model_config = _checkpoint(_beside(path, _text(where, value)))
         elif key == "serving_config.server_ip":
             found.host = _text(where, value)
         elif key == "serving_config.server_port":
@@ -166,16 +170,17 @@ def _beside(path: Path, name: str) -> Path:
     return beside if beside.exists() or not Path(name).exists() else Path(name)
 
 
-def _checkpoint(path: Path) -> Path:
-    """The checkpoint that a MindFormers YAML names, or that YAML's folder."""
+def _checkpoint(path: Path) -> tuple[Path, Path | None]:
+    """The checkpoint a MindFormers YAML names, or that YAML's folder; and the YAML, if it has the model's config."""
     tree = _read(path)
     inner: Any = tree
     for key in ("model", "model_config"):
         inner = inner.get(key) if isinstance(inner, dict) else None
+    config = path if isinstance(inner, dict) else None
     named = tree.get("load_checkpoint")
     if named:
-        return _beside(path, _text(f"{path}: load_checkpoint", named))
+        return _beside(path, _text(f"{path}: load_checkpoint", named)), config
     # NOTE: MindFormers also takes the name of a model to fetch here.
     named = inner.get("checkpoint_name_or_path") if isinstance(inner, dict) else None
     beside = _beside(path, named) if isinstance(named, str) and named else None
-    return beside if beside is not None and beside.exists() else path.parent
+    return (beside if beside is not None and beside.exists() else path.parent), config

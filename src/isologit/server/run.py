@@ -32,9 +32,14 @@ _SWITCH_S = 0.0005  # how long the threads of engine and network keep each other
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What `isologit serve` can be told. model: None is the built-in demo model. port: 0 takes any free one."""
+    """What `isologit serve` can be told.
+
+    model: None is the built-in demo model. model_config: a config to use instead of the one beside the weights. port: 0
+    takes any free one.
+    """
 
     model: str | None = None
+    model_config: Path | None = None
     tokenizer: Path | None = None
     load_format: str = "auto"
     qkv_layout: str | None = None
@@ -100,6 +105,7 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
     say("loading the model ...")
     llm = LLM(
         demo_model_path() if options.model is None else options.model,
+        config=options.model_config,
         tokenizer=options.tokenizer,
         load_format=options.load_format,
         qkv_layout=options.qkv_layout,
