@@ -154,6 +154,37 @@ def test_a_request_that_never_begins_is_closed(
         assert httpx.get(f"{narrow.url}/health").status_code == 200
 
 
+@pytest.mark.parametrize("head", [b"x: " + b"y" * 100_000, b"a: b\r\n" * 20_000], ids=["long line", "many lines"])
+def test_a_head_without_end_is_cut_off(narrow: Running, head: bytes) -> None:
+    url = httpx.URL(narrow.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection, suppress(ConnectionError):
+        connection.sendall(b"GET /health HTTP/1.1\r\n" + head)
+        assert not connection.recv(1000).startswith(b"HTTP/1.1 200")
+    assert httpx.get(f"{narrow.url}/health", headers={"x": "y" * 30_000}).status_code == 200
+
+
+def test_what_comes_after_a_refusal_holds_nothing(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "LONGEST_HEAD_S", 0.3)
+    url = httpx.URL(narrow.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection:
+        connection.sendall(b"POST /generate HTTP/1.1\r\nhost: t\r\ncontent-length: 99999999\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+        connection.sendall(b"x" * 1000)
+        with suppress(ConnectionResetError):
+            while connection.recv(1000):
+                pass
+
+
+@pytest.mark.parametrize(
+    "line", [b"GET /\xff HTTP/1.1", b"GET http://[ HTTP/1.1", b"GET /a b HTTP/9.9", b"\x00\x01\x02"]
+)
+def test_lines_that_are_not_http_are_refused(narrow: Running, line: bytes) -> None:
+    url = httpx.URL(narrow.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection:
+        connection.sendall(line + b"\r\nhost: t\r\n\r\n")
+        assert connection.recv(1000)[:10] in (b"HTTP/1.1 4", b"")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
