@@ -499,5 +499,5 @@ def log_normaliser_row(logits, offset, size):
         part = np.float32(0.0)
         for i in range(first, min(size, first + _EXP_CHUNK)):
             part += fast_exp(logits[offset + i] - top)
-        total += part
+        total += float(part)
     return top + math.log(total)
