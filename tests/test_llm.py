@@ -212,6 +212,13 @@ def test_sampling_is_seeded_and_logprobs_are_normalised(model: tuple[Path, Llama
         assert sum(math.exp(v) for v in values.values()) <= 1.0 + 1e-9
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_tiny_temperature_is_greedy(model: tuple[Path, LlamaForCausalLM]) -> None:
+    llm, prompt = LLM(model[0]), {"prompt_token_ids": [1, 7, 8]}
+    greedy, cold = (llm.generate(prompt, SamplingParams(max_tokens=9, temperature=t))[0] for t in (0.0, 1e-308))
+    assert cold.token_ids == greedy.token_ids
+
+
 @pytest.mark.parametrize("count", [0, 3])
 def test_logprobs_may_be_the_logits_themselves(model: tuple[Path, LlamaForCausalLM], count: int) -> None:
     llm = LLM(model[0], logprobs_mode="raw_logits")

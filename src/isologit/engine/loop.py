@@ -104,12 +104,12 @@ class EngineLoop:
         """Queue a request."""
         seed = request.params.seed if request.params.seed is not None else [self._seed, self._num_added]
         self._num_added += 1
-        self._progress[request.request_id] = _Progress(np.random.default_rng(seed), {}, [], [])
         seq = Sequence(request)
         seq.arrival_s = self.now()
         if request.params.stop:
             seq.drafts_from = seq.max_total_tokens  # a stop string is looked for after every token
         self.scheduler.add(seq)
+        self._progress[request.request_id] = _Progress(np.random.default_rng(seed), {}, [], [])
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request; its blocks come back at once. None if it is not here."""

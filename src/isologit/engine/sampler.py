@@ -43,7 +43,9 @@ def choose_token(
         logits[[token for token in (*eos_token_ids, *params.stop_token_ids) if token < len(logits)]] = -np.inf
     if params.greedy:
         return int(logits.argmax())
-    logits /= params.temperature
+    logits -= logits.max()  # before the division, so that a tiny temperature ends at the argmax and not at NaN
+    with np.errstate(over="ignore"):
+        logits /= params.temperature
     order = np.argsort(-logits, kind="stable")
     if params.top_k > 0:
         order = order[: params.top_k]
