@@ -24,15 +24,19 @@ class FlatBatch:
     logits_rows: np.ndarray
 
     def tiles(self, tokens_per_tile: int) -> np.ndarray:
-        """Attention work items, int64 [N, 4]: first row, rows, first position, sequence; longest context first."""
+        """Attention work items, int64 [N, 5]; longest context first.
+
+        Columns: first row, rows, first position, sequence, and whether it is the sequence's only one in this step.
+        """
         counts = self.sequences[:, 1]
         per_sequence = -(-counts // tokens_per_tile)
         sequence = np.repeat(np.arange(len(counts)), per_sequence)
         ends = np.cumsum(per_sequence)
         within = (np.arange(len(sequence)) - np.repeat(ends - per_sequence, per_sequence)) * tokens_per_tile
-        tiles = np.empty((len(sequence), 4), np.int64)
+        tiles = np.empty((len(sequence), 5), np.int64)
         tiles[:, 0] = self.sequences[sequence, 0] + within
         tiles[:, 1] = np.minimum(tokens_per_tile, counts[sequence] - within)
         tiles[:, 2] = self.sequences[sequence, 2] + within
         tiles[:, 3] = sequence
+        tiles[:, 4] = per_sequence[sequence] == 1
         return tiles[np.argsort(-tiles[:, 2], kind="stable")]

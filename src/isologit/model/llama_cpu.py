@@ -36,7 +36,7 @@ from isologit.ops.cpu import (
     pack_weight,
     panel_count,
     rms_norm_tile,
-    rotate_and_cache_row,
+    rotate_and_cache,
     tile_height,
 )
 from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH, atomic_add, monotonic_ns
@@ -76,14 +76,17 @@ def _share(part, num_parts, count):
 @njit(nogil=True, cache=True)
 def _step(
     thread, num_threads, sync, counters,
-    token_ids, positions, slots, tiles, block_tables, logits_rows,
+    token_ids, positions, slots, tiles, tiled_sequences, block_tables, logits_rows,
     embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down, w_head,
     num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab, value_width, eps, cos, sin, keys, values,
     residual, normed, qkv, attended, packed, gated,
     query_scratch, score_scratch, weight_scratch, sum_scratch, row_scratch, offset_scratch,
     logits, chosen, clock,
 ):  # fmt: skip
-    """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R]."""
+    """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R].
+
+    tiles: the attention's work items. tiled_sequences: the sequences that have several of them.
+    """
     rows, num_logits = token_ids.shape[0], logits_rows.shape[0]
     height = tile_height(rows)
     stride, qkv_stride, heads_size = residual.shape[1], qkv.shape[1], num_heads * head_dim
@@ -120,26 +123,47 @@ def _step(
         barrier(sync, num_threads)
         _book(thread, clock, _QKV)
         layer_keys, layer_values = keys[layer], values[layer]
-        for r in range(thread, rows, num_threads):
-            rotate_and_cache_row(
-                qkv_flat, r * qkv_stride, positions[r], slots[r], num_heads, num_kv_heads, head_dim, value_width,
-                cos, sin, layer_keys, layer_values,
-            )  # fmt: skip
-        barrier(sync, num_threads)
-        _book(thread, clock, _ELEMENTWISE)
-        while True:
-            item = atomic_add(counters, counter, 1)
-            if item >= tiles.shape[0] * num_threads:
-                break
-            tile = item // num_threads
+        # NOTE: keys and values are written just before they are first read, when the cache line is there already. Only
+        # tokens that other tiles look back to must be written by all before any goes on.
+        if tiled_sequences.shape[0]:
+            first, last = _share(thread, num_threads, num_kv_heads)
+            for sequence in range(tiled_sequences.shape[0]):
+                rotate_and_cache(
+                    qkv_flat, qkv_stride, tiled_sequences[sequence, 0], tiled_sequences[sequence, 1], positions, slots,
+                    first, last, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
+                )  # fmt: skip
+            barrier(sync, num_threads)
+            _book(thread, clock, _ELEMENTWISE)
+        # NOTE: a thread takes its next item early, because an item asks for the memory of the one that follows.
+        num_items = tiles.shape[0] * num_threads
+        item = atomic_add(counters, counter, 1)
+        while item < num_items:
+            next_item = atomic_add(counters, counter, 1)
+            first_row, num_rows, first_position, sequence, alone = tiles[item // num_threads]
+            table = block_tables[sequence]
             first, last = _share(item % num_threads, num_threads, num_kv_heads)
             for kv_head in range(first, last):
+                next_table, next_head = table, kv_head + 1
+                next_context = first_position + num_rows
+                if next_head == last:
+                    next_context = 0
+                    if next_item < num_items:
+                        next_tile = tiles[next_item // num_threads]
+                        next_table = block_tables[next_tile[3]]
+                        next_head, _ = _share(next_item % num_threads, num_threads, num_kv_heads)
+                        next_context = next_tile[1] + next_tile[2]
+                if alone:
+                    rotate_and_cache(
+                        qkv_flat, qkv_stride, first_row, num_rows, positions, slots, kv_head, kv_head + 1,
+                        num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
+                    )  # fmt: skip
                 attention_tile(
-                    qkv_flat, qkv_stride, tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], block_tables[tiles[tile, 3]],
+                    qkv_flat, qkv_stride, first_row, num_rows, first_position, table,
                     kv_head, num_heads, num_kv_heads, head_dim, value_width, layer_keys, layer_values,
                     attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch, offsets,
-                    kv_head + 1 < last,
+                    next_table, next_head, -(-next_context // PANEL_WIDTH),
                 )  # fmt: skip
+            item = next_item
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         _book(thread, clock, _ATTENTION)
@@ -374,8 +398,9 @@ class LlamaCPU:
         self._counters[:] = 0
         self._crew.run(
             _step, np.zeros(COUNTER_STRIDE, np.int64), self._counters,
-            batch.token_ids, batch.positions, batch.slots, batch.tiles(self.tile_tokens), batch.block_tables,
-            batch.logits_rows, self._embedding, self._input_gains, self._post_gains, self._final_gain,
+            batch.token_ids, batch.positions, batch.slots, batch.tiles(self.tile_tokens),
+            batch.sequences[batch.sequences[:, 1] > self.tile_tokens], batch.block_tables, batch.logits_rows,
+            self._embedding, self._input_gains, self._post_gains, self._final_gain,
             self._w_qkv, self._w_out, self._w_gate_up, self._w_down, self._w_head,
             c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size, c.vocab_size,
             self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,

@@ -26,8 +26,10 @@ from isologit.ops.simd import (
     VECTOR_WIDTH,
     atomic_add,
     atomic_load,
-    float_from_bits,
+    exp_in_place,
+    exp_sum,
     make_tile_product,
+    row_max,
     yield_processor,
 )
 
@@ -62,25 +64,6 @@ def pack_weight(weight: torch.Tensor, storage: str) -> np.ndarray:
     packed = padded.view(panels, PANEL_WIDTH, in_features).transpose(1, 2).contiguous()
     bits = {"float32": torch.float32, "float16": torch.int16, "bfloat16": torch.uint16}[storage]
     return packed.view(bits).numpy()
-
-
-@njit(inline="always")
-def fast_exp(x):
-    """exp(x) in float32 within 2 ulp, free of branches so that loops over it become SIMD.
-
-    Range reduction and polynomial of the Cephes library's `expf`; below -87 the result is 0 within one denormal.
-    """
-    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    y = p * r * r + r + np.float32(1.0)
-    return y * float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
 @njit(nogil=True)
@@ -316,42 +299,51 @@ def rotate_row(x, offset, half, cos, sin, angle_offset):
 
 
 @njit(nogil=True)
-def rotate_and_cache_row(
-    qkv, offset, position, slot, num_heads, num_kv_heads, head_dim, value_width, cos, sin, keys, values
-):
-    """Rotate the queries and keys of one token and write its keys and values into the paged cache.
+def rotate_and_cache(
+    qkv, stride, row, rows, positions, slots, first_head, last_head, num_heads, num_kv_heads, head_dim, value_width,
+    cos, sin, keys, values,
+):  # fmt: skip
+    """Rotate queries and keys of the KV heads from `first_head` on and write their keys and values into the cache.
 
-    qkv row: [q heads | k heads | v heads] x head_dim. keys: [blocks, kv heads, head_dim, PANEL_WIDTH] flat, so that one
-    block is a product panel; values: [blocks, kv heads, PANEL_WIDTH, value_width] flat.
+    The rows are `rows` consecutive tokens of one sequence from `row` on. qkv rows: [q heads | k heads | v heads] x
+    head_dim. keys: [blocks, kv heads, head_dim, PANEL_WIDTH] flat, so that one block is a product panel; values:
+    [blocks, kv heads, PANEL_WIDTH, value_width] flat. Tokens of one block are written together: their keys are
+    neighbours in memory.
     """
+    group = num_heads // num_kv_heads
     half = head_dim // 2
-    for head in range(num_heads + num_kv_heads):
-        rotate_row(qkv, offset + head * head_dim, half, cos, sin, position * half)
-    block = slot // PANEL_WIDTH
-    column = slot % PANEL_WIDTH
-    for head in range(num_kv_heads):
-        source = offset + (num_heads + head) * head_dim
-        target = (block * num_kv_heads + head) * head_dim * PANEL_WIDTH + column
-        for i in range(head_dim):
-            keys[target + i * PANEL_WIDTH] = qkv[source + i]
-        source = offset + (num_heads + num_kv_heads + head) * head_dim
-        target = ((block * num_kv_heads + head) * PANEL_WIDTH + column) * value_width
-        for i in range(head_dim):
-            values[target + i] = qkv[source + i]
+    last = row + rows
+    while row < last:
+        column = slots[row] % PANEL_WIDTH
+        count = min(last - row, PANEL_WIDTH - column)
+        for r in range(row, row + count):
+            for head in range(first_head * group, last_head * group):
+                rotate_row(qkv, r * stride + head * head_dim, half, cos, sin, positions[r] * half)
+            for head in range(num_heads + first_head, num_heads + last_head):
+                rotate_row(qkv, r * stride + head * head_dim, half, cos, sin, positions[r] * half)
+        for head in range(first_head, last_head):
+            source = row * stride + (num_heads + head) * head_dim
+            panel = slots[row] // PANEL_WIDTH * num_kv_heads + head
+            target = panel * head_dim * PANEL_WIDTH + column
+            for i in range(head_dim):
+                for r in range(count):
+                    keys[target + i * PANEL_WIDTH + r] = qkv[source + r * stride + i]
+            source += num_kv_heads * head_dim
+            target = (panel * PANEL_WIDTH + column) * value_width
+            for r in range(count):
+                for i in range(head_dim):
+                    values[target + r * value_width + i] = qkv[source + r * stride + i]
+        row += count
 
 
-@njit(nogil=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
+@njit(nogil=True)
 def softmax_row(scores, offset, length, padded, scale):
-    """exp(scale * (score - max)) in place for `length` scores, zeros up to `padded`; returns 1 / sum."""
-    top = scores[offset]
-    for i in range(1, length):
-        if scores[offset + i] > top:
-            top = scores[offset + i]
-    total = np.float32(0.0)
-    for i in range(length):
-        weight = fast_exp((scores[offset + i] - top) * scale)
-        scores[offset + i] = weight
-        total += weight
+    """exp(scale * (score - max)) in place for `length` scores, zeros up to `padded`; returns 1 / sum.
+
+    NaN among the scores makes what is returned NaN.
+    """
+    top = row_max(scores, offset, length)
+    total = exp_in_place(scores, offset, length, top, scale) + (top - top)  # exp clamps, which would lose a NaN
     for i in range(length, padded):
         scores[offset + i] = np.float32(0.0)
     return np.float32(1.0) / total
@@ -361,14 +353,15 @@ def softmax_row(scores, offset, length, padded, scale):
 def attention_tile(
     qkv, qkv_stride, first_row, num_rows, first_position, table, kv_head, num_heads, num_kv_heads, head_dim,
     value_width, keys, values, out, out_stride, queries, scores, scores_stride, weights, sums, scratch, offsets,
-    more_heads,
+    next_table, next_head, next_blocks,
 ):  # fmt: skip
     """Causal attention of `num_rows` consecutive tokens of one sequence for the query heads of one KV head.
 
     Two passes over the blocks of `table` (block ids of the sequence): all scores of a row, softmax, then the weighted
     sum of values. The reduction order of a row depends on its position alone. Scratch of this thread, for as many rows
     as there are tokens times heads: queries (value_width each), scores (scores_stride each), weights (the same), sums.
-    more_heads: whether the next KV head comes next, whose keys and values lie behind this one's and are asked for.
+    This thread's next work is KV head `next_head` of the first `next_blocks` blocks of `next_table`: its keys and
+    values are asked into the cache meanwhile.
     """
     group = num_heads // num_kv_heads
     total_rows = num_rows * group
@@ -381,12 +374,19 @@ def attention_tile(
     context = first_position + num_rows
     num_blocks = (context + PANEL_WIDTH - 1) // PANEL_WIDTH
     panel_size = head_dim * PANEL_WIDTH
-    fetch = panel_size if more_heads else 0
     b = 0
     while b < num_blocks:
         ahead = min(4, num_blocks - b)
+        fetch = 0
+        if b < next_blocks:
+            fetch = ((next_table[b] - table[b]) * num_kv_heads + next_head - kv_head) * panel_size
         for i in range(ahead):
             offsets[i] = (table[b + i] * num_kv_heads + kv_head) * panel_size
+            if b < next_blocks and (
+                b + i >= next_blocks or next_table[b + i] - table[b + i] != next_table[b] - table[b]
+            ):
+                ahead = i  # products side by side ask for memory at one distance
+                break
         if total_rows == 1 and ahead == 4:
             _dot_1x4(
                 queries, 0, 1, keys, offsets, PANEL_WIDTH, head_dim, fetch, scratch, ZEROS, 0,
@@ -416,13 +416,13 @@ def attention_tile(
     if total_rows == 1:
         _weighted_values(
             scores, 1, context, num_blocks, table, kv_head, num_kv_heads, value_width, values, queries, offsets,
-            more_heads,
+            next_table, next_head, next_blocks,
         )  # fmt: skip
     else:
         pack_tile(scores, 0, scores_stride, total_rows, num_blocks * PANEL_WIDTH, weights, 0, total_rows)
         _weighted_values(
             weights, total_rows, context, num_blocks, table, kv_head, num_kv_heads, value_width, values, queries,
-            offsets, more_heads,
+            offsets, next_table, next_head, next_blocks,
         )  # fmt: skip
     for r in range(num_rows):
         for g in range(group):
@@ -434,20 +434,36 @@ def attention_tile(
 
 @njit(nogil=True)
 def _weighted_values(
-    weights, rows, context, num_blocks, table, kv_head, num_kv_heads, value_width, values, out, offsets, more_heads
+    weights,
+    rows,
+    context,
+    num_blocks,
+    table,
+    kv_head,
+    num_kv_heads,
+    value_width,
+    values,
+    out,
+    offsets,
+    next_table,
+    next_head,
+    next_blocks,
 ):
     """Add the values of all blocks, weighted, to `out` [rows, value_width]. weights: [positions, rows]."""
     for b in range(num_blocks):
         depth = min(PANEL_WIDTH, context - b * PANEL_WIDTH)
         block = (table[b] * num_kv_heads + kv_head) * PANEL_WIDTH * value_width
         xo = b * PANEL_WIDTH * rows
+        distance = 0
+        if b < next_blocks:
+            distance = ((next_table[b] - table[b]) * num_kv_heads + next_head - kv_head) * PANEL_WIDTH * value_width
         column = 0
         while column < value_width:
             ahead = min(4, (value_width - column) // PANEL_WIDTH)
             for i in range(ahead):
                 offsets[i] = block + column + i * PANEL_WIDTH
-            # The columns together ask for the next head's block in the order it lies in memory.
-            fetch = PANEL_WIDTH * value_width + column * (PANEL_WIDTH - 1) if more_heads else 0
+            # The columns together ask for the next block in the order it lies in memory.
+            fetch = distance + column * (depth - 1) if b < next_blocks else 0
             if rows == 1 and ahead == 4:
                 _dot_1x4(
                     weights, xo, 1, values, offsets, value_width, depth, fetch, out, column, value_width,
@@ -471,33 +487,21 @@ def _weighted_values(
 @njit(nogil=True)
 def argmax_row(logits, offset, size):
     """Index of the largest value of one row, the lowest index on ties; -1 if any value is NaN."""
-    best = logits[offset]
-    clean = True
+    best = row_max(logits, offset, size)
     for i in range(size):
-        value = logits[offset + i]
-        clean &= value == value
-        best = value if value > best else best
-    if clean:
-        for i in range(size):
-            if logits[offset + i] == best:
-                return i
+        if logits[offset + i] == best:
+            return i
     return -1
 
 
 _EXP_CHUNK = 1024  # terms summed in float32 before they are added in float64
 
 
-@njit(nogil=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
+@njit(nogil=True)
 def log_normaliser_row(logits, offset, size):
     """log(sum(exp(logits))) of one row, as float64: what turns a logit into the logarithm of a probability."""
-    top = logits[offset]
-    for i in range(1, size):
-        if logits[offset + i] > top:
-            top = logits[offset + i]
+    top = row_max(logits, offset, size)
     total = 0.0
     for first in range(0, size, _EXP_CHUNK):
-        part = np.float32(0.0)
-        for i in range(first, min(size, first + _EXP_CHUNK)):
-            part += fast_exp(logits[offset + i] - top)
-        total += float(part)
+        total += exp_sum(logits, offset + first, min(_EXP_CHUNK, size - first), top, np.float32(1.0))
     return top + math.log(total)

@@ -167,11 +167,12 @@ def paged_attention_numba(
     values = np.zeros((blocks + 1) * kv_heads * PANEL_WIDTH * width, np.float32)
     qkv = _flat(torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=1))
     stride = (heads + 2 * kv_heads) * dim
-    for row in range(length):
-        slot = table[row // PANEL_WIDTH] * PANEL_WIDTH + row % PANEL_WIDTH
-        cpu.rotate_and_cache_row(
-            qkv, row * stride, row, slot, heads, kv_heads, dim, width, _flat(cos), _flat(sin), cache, values
-        )
+    positions = np.arange(length)
+    slots = table[positions // PANEL_WIDTH] * PANEL_WIDTH + positions % PANEL_WIDTH
+    cpu.rotate_and_cache(
+        qkv, stride, 0, length, positions, slots, 0, kv_heads, heads, kv_heads, dim, width, _flat(cos), _flat(sin),
+        cache, values,
+    )  # fmt: skip
     group = heads // kv_heads
     step = max(1, TILE_ROWS // group)
     out = np.zeros(length * heads * dim, np.float32)
@@ -183,7 +184,8 @@ def paged_attention_numba(
                 qkv, stride, first, min(step, length - first), first, table, head, heads, kv_heads, dim, width,
                 cache, values, out, heads * dim, queries, scores.reshape(-1), scores.shape[1],
                 np.zeros(scores.size, np.float32), np.zeros(step * group, np.float32),
-                np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(4, np.int64), head + 1 < kv_heads,
+                np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(4, np.int64), table, head + 1,
+                blocks if head + 1 < kv_heads else 0,
             )  # fmt: skip
     return torch.from_numpy(out).view(length, heads, dim)
 

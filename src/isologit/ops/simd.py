@@ -279,14 +279,106 @@ def make_tile_product(rows: int, epilogue: str, *, panels: int = 1) -> Any:
     return tile
 
 
+def _row_loop(builder: Any, pointer: Any, length: Any, initial: Any, visit: Any) -> Any:
+    """Emit a loop over the `length` float32 at `pointer`, a vector at a time; returns what `visit` made of `initial`.
+
+    `visit(place, mask, value)` is given the address of a vector, which of its lanes are within the length, and the
+    value so far.
+    """
+    i32, i64 = ir.IntType(32), ir.IntType(64)
+    before = builder.basic_block
+    head, body, done = (builder.append_basic_block(f"row.{part}") for part in ("head", "body", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    k, value = builder.phi(i64), builder.phi(initial.type)
+    k.add_incoming(i64(0), before)
+    value.add_incoming(initial, before)
+    builder.cbranch(builder.icmp_signed("<", k, length), body, done)
+    builder.position_at_end(body)
+    left = _spread(builder, builder.trunc(builder.sub(length, k), i32))
+    lanes = ir.Constant(left.type, list(range(VECTOR_WIDTH)))
+    following = visit(builder.gep(pointer, [k]), builder.icmp_signed("<", lanes, left), value)
+    k.add_incoming(builder.add(k, i64(VECTOR_WIDTH)), builder.basic_block)
+    value.add_incoming(following, builder.basic_block)
+    builder.branch(head)
+    builder.position_at_end(done)
+    return value
+
+
+def _masked_load(builder: Any, place: Any, mask: Any, otherwise: Any) -> Any:
+    i32 = ir.IntType(32)
+    signature = ir.FunctionType(otherwise.type, [place.type, i32, mask.type, otherwise.type])
+    name = f"llvm.masked.load.v{VECTOR_WIDTH}f32.p0"
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, signature, name), [place, i32(4), mask, otherwise]
+    )
+
+
+def _masked_store(builder: Any, value: Any, place: Any, mask: Any) -> None:
+    i32 = ir.IntType(32)
+    signature = ir.FunctionType(ir.VoidType(), [value.type, place.type, i32, mask.type])
+    name = f"llvm.masked.store.v{VECTOR_WIDTH}f32.p0"
+    builder.call(cgutils.get_or_insert_function(builder.module, signature, name), [value, place, i32(4), mask])
+
+
+def _across_lanes(builder: Any, value: Any, combine: Any) -> Any:
+    """All lanes combined in pairs, then pairs of pairs and so on, as a scalar."""
+    undefined = ir.Constant(value.type, ir.Undefined)
+    distance = VECTOR_WIDTH // 2
+    while distance:
+        order = [(lane + distance) % VECTOR_WIDTH for lane in range(VECTOR_WIDTH)]
+        others = builder.shuffle_vector(
+            value, undefined, ir.Constant(ir.VectorType(ir.IntType(32), VECTOR_WIDTH), order)
+        )
+        value = combine(value, others)
+        distance //= 2
+    return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+
 @intrinsic
-def float_from_bits(typing_context, bits):
-    """Reinterpret an int32 as a float32."""
+def row_max(typing_context, x, offset, length):
+    """Largest of the `length` float32 from `x[offset]` on; NaN if there is one among them."""
 
     def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
+        pointer = builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]])
+        lowest = _constant(float("-inf"))
 
-    return types.float32(types.int32), codegen
+        def larger(a: Any, b: Any) -> Any:
+            return _float_intrinsic(builder, "maximum", a, b)
+
+        def visit(place: Any, mask: Any, best: Any) -> Any:
+            return larger(best, _masked_load(builder, place, mask, lowest))
+
+        return _across_lanes(builder, _row_loop(builder, pointer, args[2], lowest, visit), larger)
+
+    return types.float32(x, types.int64, types.int64), codegen
+
+
+def _make_exp_sum(*, store: bool) -> Any:
+    @intrinsic
+    def exp_sum(typing_context, x, offset, length, top, scale):
+        def codegen(context, builder, signature, args):
+            pointer = builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]])
+            zero, top, scale = _constant(0.0), _spread(builder, args[3]), _spread(builder, args[4])
+
+            def visit(place: Any, mask: Any, total: Any) -> Any:
+                value = builder.fsub(_masked_load(builder, place, mask, zero), top)
+                power = builder.select(mask, _exp(builder, builder.fmul(value, scale)), zero)
+                if store:
+                    _masked_store(builder, power, place, mask)
+                return builder.fadd(total, power)
+
+            return _across_lanes(builder, _row_loop(builder, pointer, args[2], zero, visit), builder.fadd)
+
+        return types.float32(x, types.int64, types.int64, types.float32, types.float32), codegen
+
+    return exp_sum
+
+
+# `f(x, offset, length, top, scale)`: sum of exp((value - top) * scale) over the `length` float32 from `x[offset]` on,
+# in an order that depends on the length alone; the second also replaces the values by what it sums.
+exp_sum = _make_exp_sum(store=False)
+exp_in_place = _make_exp_sum(store=True)
 
 
 @intrinsic
