@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_TILES_PER_ITEM = 8
+
 
 @dataclass(frozen=True)
 class FlatBatch:
@@ -23,20 +25,42 @@ class FlatBatch:
     block_tables: np.ndarray
     logits_rows: np.ndarray
 
-    def tiles(self, tokens_per_tile: int) -> np.ndarray:
-        """Attention work items, int64 [N, 5]; longest context first.
+    def attention_work(
+        self, tokens_per_tile: int, num_kv_heads: int, num_threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tiles, items) of the attention, int64.
 
-        Columns: first row, rows, first position, sequence, and whether it is the sequence's only one in this step.
+        tiles [N, 5]: first row, rows, first position, sequence, whether it is the sequence's only one in this step.
+        items [M, 4]: first and last + 1 of the tiles, first and last + 1 of the KV heads. A tile that is alone has its
+        heads shared by the threads; several tiles of a sequence take one head at a time, whose keys and values then
+        stay in the cache. The longest items come first.
         """
         counts = self.sequences[:, 1]
         per_sequence = -(-counts // tokens_per_tile)
-        sequence = np.repeat(np.arange(len(counts)), per_sequence)
-        ends = np.cumsum(per_sequence)
-        within = (np.arange(len(sequence)) - np.repeat(ends - per_sequence, per_sequence)) * tokens_per_tile
+        sequence, within = _enumerate(per_sequence)
+        within *= tokens_per_tile
         tiles = np.empty((len(sequence), 5), np.int64)
         tiles[:, 0] = self.sequences[sequence, 0] + within
         tiles[:, 1] = np.minimum(tokens_per_tile, counts[sequence] - within)
         tiles[:, 2] = self.sequences[sequence, 2] + within
         tiles[:, 3] = sequence
         tiles[:, 4] = per_sequence[sequence] == 1
-        return tiles[np.argsort(-tiles[:, 2], kind="stable")]
+
+        owner, chunk = _enumerate(-(-per_sequence // _TILES_PER_ITEM))
+        ends = np.cumsum(per_sequence)
+        first = ends[owner] - per_sequence[owner] + chunk * _TILES_PER_ITEM
+        last = np.minimum(first + _TILES_PER_ITEM, ends[owner])
+        longest_first = np.argsort(-(tiles[last - 1, 2] + 1) * (last - first), kind="stable")
+        parts = np.where(per_sequence[owner] == 1, num_threads, num_kv_heads)[longest_first]
+        unit, part = _enumerate(parts)
+        parts, unit = parts[unit], longest_first[unit]
+        items = np.stack(
+            [first[unit], last[unit], part * num_kv_heads // parts, (part + 1) * num_kv_heads // parts], axis=1
+        )
+        return tiles, items
+
+
+def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Owner, and number within its owner's, of `counts[owner]` things for each owner."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]

@@ -58,13 +58,15 @@ def _book(thread, clock, phase):
 
 
 @njit(nogil=True)
-def _norm_rows(thread, num_threads, source, stride, listed, rows, gain, size, eps, out, height, places, scales):
+def _norm_rows(
+    thread, num_threads, source, stride, listed, rows, gain, size, eps, out, height, places, scales, scratch
+):
     """Norm of `rows` rows, or of the listed ones if there is a list; a thread takes whole tiles."""
     for top in range(thread * height, rows, num_threads * height):
         n = min(height, rows - top)
         for r in range(n):
             places[r] = (listed[top + r] if listed.shape[0] else top + r) * stride
-        rms_norm_tile(source, places, n, gain, size, eps, out, top * size, height, scales)
+        rms_norm_tile(source, places, n, gain, size, eps, out, top * size, height, scales, scratch)
 
 
 @njit(nogil=True)
@@ -76,7 +78,7 @@ def _share(part, num_parts, count):
 @njit(nogil=True, cache=True)
 def _step(
     thread, num_threads, sync, counters,
-    token_ids, positions, slots, tiles, tiled_sequences, block_tables, logits_rows,
+    token_ids, positions, slots, tiles, items, tiled_sequences, block_tables, logits_rows,
     embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down, w_head,
     num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab, value_width, eps, cos, sin, keys, values,
     residual, normed, qkv, attended, packed, gated,
@@ -85,7 +87,8 @@ def _step(
 ):  # fmt: skip
     """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R].
 
-    tiles: the attention's work items. tiled_sequences: the sequences that have several of them.
+    tiles, items: the attention's work as `FlatBatch.attention_work` gives it. tiled_sequences: those with
+    several tiles.
     """
     rows, num_logits = token_ids.shape[0], logits_rows.shape[0]
     height = tile_height(rows)
@@ -111,7 +114,7 @@ def _step(
             _book(thread, clock, _DOWN)
         _norm_rows(
             thread, num_threads, residual_flat, stride, everything, rows, input_gains[layer], hidden, eps,
-            normed, height, offsets, sums,
+            normed, height, offsets, sums, scratch,
         )  # fmt: skip
         barrier(sync, num_threads)
         _book(thread, clock, _ELEMENTWISE)
@@ -134,35 +137,31 @@ def _step(
                 )  # fmt: skip
             barrier(sync, num_threads)
             _book(thread, clock, _ELEMENTWISE)
-        # NOTE: a thread takes its next item early, because an item asks for the memory of the one that follows.
-        num_items = tiles.shape[0] * num_threads
+        # NOTE: a thread takes its next item early, because each tile asks for the memory of the one that follows.
         item = atomic_add(counters, counter, 1)
-        while item < num_items:
+        while item < items.shape[0]:
             next_item = atomic_add(counters, counter, 1)
-            first_row, num_rows, first_position, sequence, alone = tiles[item // num_threads]
-            table = block_tables[sequence]
-            first, last = _share(item % num_threads, num_threads, num_kv_heads)
+            first_tile, last_tile, first, last = items[item]
             for kv_head in range(first, last):
-                next_table, next_head = table, kv_head + 1
-                next_context = first_position + num_rows
-                if next_head == last:
-                    next_context = 0
-                    if next_item < num_items:
-                        next_tile = tiles[next_item // num_threads]
-                        next_table = block_tables[next_tile[3]]
-                        next_head, _ = _share(next_item % num_threads, num_threads, num_kv_heads)
-                        next_context = next_tile[1] + next_tile[2]
-                if alone:
-                    rotate_and_cache(
-                        qkv_flat, qkv_stride, first_row, num_rows, positions, slots, kv_head, kv_head + 1,
-                        num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
+                for tile in range(first_tile, last_tile):
+                    next_tile, next_head = tile + 1, kv_head
+                    if next_tile == last_tile:
+                        next_tile, next_head = first_tile, kv_head + 1
+                    if next_head == last and next_item < items.shape[0]:
+                        next_tile, next_head = items[next_item, 0], items[next_item, 2]
+                    first_row, num_rows, first_position, sequence, alone = tiles[tile]
+                    next_context = tiles[next_tile, 1] + tiles[next_tile, 2] if next_head < num_kv_heads else 0
+                    if alone:
+                        rotate_and_cache(
+                            qkv_flat, qkv_stride, first_row, num_rows, positions, slots, kv_head, kv_head + 1,
+                            num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
+                        )  # fmt: skip
+                    attention_tile(
+                        qkv_flat, qkv_stride, first_row, num_rows, first_position, block_tables[sequence],
+                        kv_head, num_heads, num_kv_heads, head_dim, value_width, layer_keys, layer_values,
+                        attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch, offsets,
+                        block_tables[tiles[next_tile, 3]], next_head, -(-next_context // PANEL_WIDTH),
                     )  # fmt: skip
-                attention_tile(
-                    qkv_flat, qkv_stride, first_row, num_rows, first_position, table,
-                    kv_head, num_heads, num_kv_heads, head_dim, value_width, layer_keys, layer_values,
-                    attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch, offsets,
-                    next_table, next_head, -(-next_context // PANEL_WIDTH),
-                )  # fmt: skip
             item = next_item
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
@@ -183,7 +182,7 @@ def _step(
         _book(thread, clock, _OUTPUT)
         _norm_rows(
             thread, num_threads, residual_flat, stride, everything, rows, post_gains[layer], hidden, eps,
-            normed, height, offsets, sums,
+            normed, height, offsets, sums, scratch,
         )  # fmt: skip
         barrier(sync, num_threads)
         _book(thread, clock, _ELEMENTWISE)
@@ -205,7 +204,7 @@ def _step(
     height = tile_height(num_logits)
     _norm_rows(
         thread, num_threads, residual_flat, stride, logits_rows, num_logits, final_gain, hidden, eps,
-        normed, height, offsets, sums,
+        normed, height, offsets, sums, scratch,
     )  # fmt: skip
     barrier(sync, num_threads)
     _book(thread, clock, _ELEMENTWISE)
@@ -395,10 +394,11 @@ class LlamaCPU:
             self._logits = np.zeros((rows, self._logits.shape[1]), np.float32)
         tokens = batch.token_ids.shape[0]
         chosen = np.empty(rows, np.int64)
+        tiles, items = batch.attention_work(self.tile_tokens, c.num_key_value_heads, self.num_threads)
         self._counters[:] = 0
         self._crew.run(
             _step, np.zeros(COUNTER_STRIDE, np.int64), self._counters,
-            batch.token_ids, batch.positions, batch.slots, batch.tiles(self.tile_tokens),
+            batch.token_ids, batch.positions, batch.slots, tiles, items,
             batch.sequences[batch.sequences[:, 1] > self.tile_tokens], batch.block_tables, batch.logits_rows,
             self._embedding, self._input_gains, self._post_gains, self._final_gain,
             self._w_qkv, self._w_out, self._w_gate_up, self._w_down, self._w_head,

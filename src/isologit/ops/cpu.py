@@ -30,6 +30,7 @@ from isologit.ops.simd import (
     exp_sum,
     make_tile_product,
     row_max,
+    transpose_block,
     yield_processor,
 )
 
@@ -96,19 +97,31 @@ def _norm_scale(x, offset, size, eps):
 
 
 @njit(nogil=True)
-def rms_norm_tile(x, offsets, rows, gain, size, eps, out, out_offset, height, scales):
-    """Norm of the rows of `x` that begin at `offsets`, stored as one tile of `out`."""
+def rms_norm_tile(x, offsets, rows, gain, size, eps, out, out_offset, height, scales, scratch):
+    """Norm of the rows of `x` that begin at `offsets`, stored as one tile of `out`.
+
+    scales: `rows` float32 and scratch: TILE_ROWS * VECTOR_WIDTH float32 of this thread.
+    """
     for r in range(rows):
         scales[r] = _norm_scale(x, offsets[r], size, eps)
-    for i in range(size):
+    for first in range(0, size, VECTOR_WIDTH):
+        width = min(VECTOR_WIDTH, size - first)
         for r in range(rows):
-            out[out_offset + i * height + r] = x[offsets[r] + i] * scales[r] * gain[i]
+            source = offsets[r] + first
+            for i in range(width):
+                scratch[r * VECTOR_WIDTH + i] = x[source + i] * scales[r] * gain[first + i]
+        pack_tile(scratch, 0, VECTOR_WIDTH, rows, width, out, out_offset + first * height, height)
 
 
 @njit(nogil=True)
 def pack_tile(x, x_offset, x_stride, rows, size, out, out_offset, height):
     """Rows of `x` stored as one tile of `out`."""
-    for i in range(size):
+    done = 0
+    if rows == TILE_ROWS:
+        while done + VECTOR_WIDTH <= size:
+            transpose_block(x, x_offset + done, x_stride, out, out_offset + done * height)
+            done += VECTOR_WIDTH
+    for i in range(done, size):
         for r in range(rows):
             out[out_offset + i * height + r] = x[x_offset + r * x_stride + i]
 
@@ -366,11 +379,14 @@ def attention_tile(
     group = num_heads // num_kv_heads
     total_rows = num_rows * group
     scale = np.float32(1.0 / math.sqrt(head_dim))
-    for r in range(num_rows):
-        source = (first_row + r) * qkv_stride + kv_head * group * head_dim
-        for g in range(group):
-            for i in range(head_dim):
-                queries[i * total_rows + r * group + g] = qkv[source + g * head_dim + i]
+    source = first_row * qkv_stride + kv_head * group * head_dim
+    if group == 1:
+        pack_tile(qkv, source, qkv_stride, num_rows, head_dim, queries, 0, num_rows)
+    else:
+        for r in range(num_rows):
+            for g in range(group):
+                for i in range(head_dim):
+                    queries[i * total_rows + r * group + g] = qkv[source + r * qkv_stride + g * head_dim + i]
     context = first_position + num_rows
     num_blocks = (context + PANEL_WIDTH - 1) // PANEL_WIDTH
     panel_size = head_dim * PANEL_WIDTH

@@ -97,7 +97,8 @@ def rms_norm_numba(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Ten
     rows, width = x.shape
     out, scales = np.zeros(x.numel(), np.float32), np.zeros(rows, np.float32)
     places = np.arange(rows) * width
-    cpu.rms_norm_tile(_flat(x), places, rows, gain.numpy(), width, np.float32(eps), out, 0, rows, scales)
+    scratch = np.zeros(rows * VECTOR_WIDTH, np.float32)
+    cpu.rms_norm_tile(_flat(x), places, rows, gain.numpy(), width, np.float32(eps), out, 0, rows, scales, scratch)
     return _from_tiles(out, rows, rows, width)
 
 

@@ -382,6 +382,51 @@ exp_in_place = _make_exp_sum(store=True)
 
 
 @intrinsic
+def transpose_block(typing_context, x, offset, stride, out, out_offset):
+    """TILE_ROWS rows of VECTOR_WIDTH float32 in `x`, `stride` apart, to VECTOR_WIDTH rows of TILE_ROWS in `out`.
+
+    Rows are exchanged in pairs at distances 1, 2, 4 and so on: at each, the elements on the wrong side of a pair's
+    diagonal change places.
+    """
+
+    def codegen(context, builder, signature, args):
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
+        source = builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]])
+        target = builder.gep(_data_pointer(context, builder, signature.args[3], args[3]), [args[4]])
+        rows = [ir.Constant(vector, ir.Undefined)] * VECTOR_WIDTH
+        for r in range(TILE_ROWS):
+            place = builder.gep(source, [builder.mul(args[2], i64(r))])
+            rows[r] = builder.load(builder.bitcast(place, vector.as_pointer()))
+            rows[r].align = 4
+        lanes = range(VECTOR_WIDTH)
+
+        def chosen(a: Any, b: Any, order: list[int]) -> Any:
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, len(order)), order))
+
+        distance = 1
+        while distance < VECTOR_WIDTH:
+            for first in (row for row in lanes if not row & distance):
+                a, b = rows[first], rows[first + distance]
+                rows[first] = chosen(a, b, [lane + (VECTOR_WIDTH - distance) * bool(lane & distance) for lane in lanes])
+                rows[first + distance] = chosen(
+                    a, b, [lane + (VECTOR_WIDTH if lane & distance else distance) for lane in lanes]
+                )
+            distance *= 2
+        for column, value in enumerate(rows):
+            written = 0
+            while written < TILE_ROWS:
+                size = 1 << (TILE_ROWS - written).bit_length() - 1
+                part = chosen(value, value, list(range(written, written + size)))
+                place = builder.gep(target, [i64(column * TILE_ROWS + written)])
+                builder.store(part, builder.bitcast(place, part.type.as_pointer())).align = 4
+                written += size
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.int64, out, types.int64), codegen
+
+
+@intrinsic
 def atomic_add(typing_context, array, index, value):
     """Add to `array[index]` (int64) as one indivisible operation; returns the value before."""
 
