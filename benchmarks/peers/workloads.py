@@ -15,6 +15,7 @@ Lengths = list[tuple[int, int]]
 """(prompt tokens, output tokens) of each request."""
 
 _WARM_UP_REQUESTS, _WARM_UP_TOKENS = 32, 4
+_WARM_UP_PROMPT_TOKENS = 4096  # of all together
 _FIRST_ORDINARY_TOKEN = 3  # 0 to 2 are the unknown, begin and end tokens of the shapes used here
 _BEGIN = 1
 
@@ -56,7 +57,8 @@ def random_requests(lengths: Lengths, vocab_size: int, seed: int) -> list[dict[s
 def workload_file(workload: Workload, lengths: Lengths, seed: int) -> dict[str, Any]:
     """The requests and, from another seed, a few short ones to warm up with; the model and settings are added later."""
     vocab_size = PRESETS[workload.preset].vocab_size
-    warm_up = [(prompt, min(output, _WARM_UP_TOKENS)) for prompt, output in lengths[:_WARM_UP_REQUESTS]]
+    count = min(_WARM_UP_REQUESTS, max(1, _WARM_UP_PROMPT_TOKENS // max(prompt for prompt, _ in lengths)))
+    warm_up = [(prompt, min(output, _WARM_UP_TOKENS)) for prompt, output in lengths[:count]]
     return {
         "requests": random_requests(lengths, vocab_size, seed),
         "warm_up": random_requests(warm_up, vocab_size, seed + 1),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from isologit.ops import cpu
 from isologit.ops.registry import OPS, linear_numba, swiglu_numba
+from isologit.ops.simd import TILE_ROWS, row_max
 
 PAIRS = [(op.name, provider) for op in OPS.values() for provider in op.providers]
 
@@ -62,3 +64,41 @@ def test_argmax_reports_nan() -> None:
     row = np.array([1.0, np.nan, 2.0], np.float32)
     assert cpu.argmax_row(row, 0, 3) == -1
     assert cpu.argmax_row(row, 2, 1) == 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 70])
+def test_a_row_of_any_length(length: int) -> None:
+    """Neither the maximum nor the sum of exponentials reads or writes beyond the row."""
+    row = np.full(length + 40, 100, np.float32)
+    row[20 : 20 + length] = np.random.default_rng(length).normal(size=length)
+    inside = row[20 : 20 + length].astype(np.float64)
+    assert row_maximum(row, 20, length) == row[20 : 20 + length].max()
+    weights = np.exp(2 * (inside - inside.max()))
+    inverse = cpu.softmax_row(row, 20, length, length, np.float32(2))
+    assert inverse == pytest.approx(1 / weights.sum(), rel=1e-5)
+    np.testing.assert_allclose(row[20 : 20 + length], weights, atol=1e-6)
+    assert (row[:20] == 100).all()
+    assert (row[20 + length :] == 100).all()
+
+
+@njit
+def row_maximum(row: np.ndarray, offset: int, length: int) -> float:
+    """The intrinsic, callable from Python."""
+    return row_max(row, offset, length)
+
+
+def test_nan_among_scores_is_not_lost() -> None:
+    """The exponential clamps its argument, which alone would turn NaN into a large weight."""
+    row = np.array([0.5, np.nan, 2.0, 1.0], np.float32)
+    assert np.isnan(cpu.softmax_row(row, 0, 4, 4, np.float32(1)))
+    assert not np.isnan(cpu.softmax_row(row, 2, 2, 2, np.float32(1)))
+
+
+@pytest.mark.parametrize("rows", [1, 5, TILE_ROWS])
+@pytest.mark.parametrize("size", [1, 16, 50, 64])
+def test_a_tile_is_its_rows_side_by_side(rows: int, size: int) -> None:
+    x = np.random.default_rng(0).normal(size=(TILE_ROWS, size + 3)).astype(np.float32)
+    out = np.full(size * rows + 8, 7, np.float32)
+    cpu.pack_tile(x.reshape(-1), 2, size + 3, rows, size, out, 4, rows)
+    np.testing.assert_array_equal(out[4 : 4 + size * rows].reshape(size, rows), x[:rows, 2 : 2 + size].T)
+    assert (np.delete(out, slice(4, 4 + size * rows)) == 7).all(), "a neighbouring tile was written"

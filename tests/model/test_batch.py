@@ -1,0 +1,58 @@
+"""The attention's share of a flat batch: every token meets every head once, and the longest work comes first."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isologit.model.batch import FlatBatch
+
+_SEQUENCES = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 500)), min_size=1, max_size=12)
+
+
+def _batch(sequences: list[tuple[int, int]]) -> FlatBatch:
+    counts = np.array([count for count, _ in sequences])
+    table = np.stack([np.cumsum(counts) - counts, counts, [start for _, start in sequences]], axis=1)
+    nothing = np.zeros(int(counts.sum()), np.int64)
+    return FlatBatch(nothing, nothing, nothing, table, np.zeros((len(counts), 1), np.int64), nothing)
+
+
+@given(_SEQUENCES, st.integers(1, 12), st.integers(1, 8), st.integers(1, 5))
+def test_every_token_meets_every_head_once(
+    sequences: list[tuple[int, int]], tokens_per_tile: int, num_kv_heads: int, num_threads: int
+) -> None:
+    batch = _batch(sequences)
+    tiles, items = batch.attention_work(tokens_per_tile, num_kv_heads, num_threads)
+    met = Counter(
+        (row, head)
+        for first_tile, last_tile, first_head, last_head in items
+        for first_row, rows, *_ in tiles[first_tile:last_tile]
+        for row in range(first_row, first_row + rows)
+        for head in range(first_head, last_head)
+    )
+    rows = sum(count for count, _ in sequences)
+    assert met == Counter((row, head) for row in range(rows) for head in range(num_kv_heads))
+
+
+@given(_SEQUENCES, st.integers(1, 12))
+def test_tiles_know_their_place(sequences: list[tuple[int, int]], tokens_per_tile: int) -> None:
+    batch = _batch(sequences)
+    tiles, items = batch.attention_work(tokens_per_tile, 4, 2)
+    for first_row, rows, first_position, sequence, alone in tiles:
+        first, count, start = batch.sequences[sequence]
+        assert 1 <= rows <= tokens_per_tile
+        assert first <= first_row
+        assert first_row + rows <= first + count
+        assert first_position - start == first_row - first
+        assert alone == (count <= tokens_per_tile)
+    for first_tile, last_tile, *_ in items:
+        assert len(set(tiles[first_tile:last_tile, 3])) == 1, "an item is of one sequence"
+
+
+def test_the_longest_item_comes_first() -> None:
+    tiles, items = _batch([(1, 10), (300, 0), (1, 400)]).attention_work(12, 2, 2)
+    cost = [(tiles[last - 1, 2] + 1) * (last - first) for first, last, *_ in items]
+    assert cost == sorted(cost, reverse=True)
