@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,17 @@ def test_impossible_requests_are_refused_before_any_work(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         LLM(model[0]).generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=max_tokens))
+
+
+def test_worker_threads_end_with_the_engine(model: tuple[Path, LlamaForCausalLM]) -> None:
+    def workers() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("isologit-")}
+
+    before = workers()
+    llm = LLM(model[0], num_threads=3)
+    assert len(workers() - before) == 2
+    llm.close()
+    assert workers() == before
 
 
 def test_text_needs_a_tokenizer_and_options_are_checked(model: tuple[Path, LlamaForCausalLM]) -> None:

@@ -230,6 +230,21 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_limit_named(
     assert post(server, *spoken.request(PROMPT, 20, stream=stream)).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("limits", "option"),
+    [
+        ({"max_queue": 0}, "--max-queue"),
+        ({"max_body_bytes": 0}, "--max-body-bytes"),
+        ({"max_model_len": 1}, "--max-model-len"),
+        ({"request_timeout_s": 0.0}, "--request-timeout"),
+        ({"request_timeout_s": float("nan")}, "--request-timeout"),
+    ],
+)
+def test_a_senseless_limit_is_refused_before_a_model_is_loaded(limits: dict[str, Any], option: str) -> None:
+    with pytest.raises(ConfigError, match=option):
+        ServerOptions(**limits)
+
+
 def test_a_request_that_no_memory_could_hold_is_refused_when_it_arrives() -> None:
     llm = LLM(demo_model_path(), num_threads=1, kv_cache_memory_bytes=800_000)
     try:

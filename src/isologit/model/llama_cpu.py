@@ -8,6 +8,7 @@ no other thread pool is involved.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import Any
@@ -41,6 +42,7 @@ from isologit.ops.cpu import (
 )
 from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH, atomic_add, monotonic_ns
 
+_LONGEST_GOODBYE_S = 5.0  # for a thread that is still in a step
 _COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, attention, output, gate-up, down
 
 # What the step's time is booked under, in the order of `LlamaCPU.phase_ns`.
@@ -230,18 +232,21 @@ def _normalise(thread, num_threads, sync, logits, vocab, out):
 
 
 class _Crew:
-    """Threads that run one compiled function together: the caller is number 0, the others wait for its call."""
+    """Threads that run one compiled function together: the caller is number 0, the others wait for its call.
+
+    They end with `close`, with this object, or when Python ends, whichever is first.
+    """
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
         self._inboxes: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(num_threads - 1)]
-        for number, inbox in enumerate(self._inboxes, start=1):
-            threading.Thread(target=self._serve, args=(number, inbox), daemon=True, name=f"isologit-{number}").start()
-
-    def _serve(self, number: int, inbox: SimpleQueue[Any]) -> None:
-        while (call := inbox.get()) is not None:
-            function, args = call
-            function(number, self.num_threads, *args)
+        threads = [
+            threading.Thread(target=_serve, args=(number, num_threads, inbox), daemon=True, name=f"isologit-{number}")
+            for number, inbox in enumerate(self._inboxes, start=1)
+        ]
+        for thread in threads:
+            thread.start()
+        self.close = weakref.finalize(self, _dismiss, self._inboxes, threads)
 
     def run(self, function: Any, *args: Any) -> None:
         """`function(thread, num_threads, *args)` on every thread; it must end with a barrier."""
@@ -249,9 +254,19 @@ class _Crew:
             inbox.put((function, args))
         function(0, self.num_threads, *args)
 
-    def close(self) -> None:
-        for inbox in self._inboxes:
-            inbox.put(None)
+
+def _serve(number: int, num_threads: int, inbox: SimpleQueue[Any]) -> None:
+    while (call := inbox.get()) is not None:
+        function, args = call
+        function(number, num_threads, *args)
+        del call, args  # NOTE: a waiting thread must not keep the last step's arrays alive
+
+
+def _dismiss(inboxes: list[SimpleQueue[Any]], threads: list[threading.Thread]) -> None:
+    for inbox in inboxes:
+        inbox.put(None)
+    for thread in threads:
+        thread.join(_LONGEST_GOODBYE_S)
 
 
 def _round_up(value: int, multiple: int) -> int:

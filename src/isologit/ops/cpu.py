@@ -36,7 +36,9 @@ from isologit.ops.simd import (
 
 COUNTER_STRIDE = 8  # int64 elements between counters: one cache line each
 _SPINS_BEFORE_YIELD = 2000
-_TALL_TILES = TILE_ROWS == 12  # NOTE: a name of its own, so that Numba drops what it rules out before compiling it
+# NOTE: names of their own, so that Numba drops what they rule out before compiling it.
+_TALL_TILES = TILE_ROWS == 12
+_FITS_SQUARE = TILE_ROWS <= VECTOR_WIDTH
 ZEROS = TILE_ROWS * PANEL_WIDTH  # where the zeros behind a thread's scratch rows begin
 SCRATCH_SIZE = ZEROS + 4 * PANEL_WIDTH  # float32 elements of a thread's scratch rows and those zeros
 
@@ -117,8 +119,8 @@ def rms_norm_tile(x, offsets, rows, gain, size, eps, out, out_offset, height, sc
 def pack_tile(x, x_offset, x_stride, rows, size, out, out_offset, height):
     """Rows of `x` stored as one tile of `out`."""
     done = 0
-    if rows == TILE_ROWS:
-        while done + VECTOR_WIDTH <= size:
+    if _FITS_SQUARE:
+        while rows == TILE_ROWS and done + VECTOR_WIDTH <= size:
             transpose_block(x, x_offset + done, x_stride, out, out_offset + done * height)
             done += VECTOR_WIDTH
     for i in range(done, size):

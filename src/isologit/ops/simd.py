@@ -385,6 +385,7 @@ exp_in_place = _make_exp_sum(store=True)
 def transpose_block(typing_context, x, offset, stride, out, out_offset):
     """TILE_ROWS rows of VECTOR_WIDTH float32 in `x`, `stride` apart, to VECTOR_WIDTH rows of TILE_ROWS in `out`.
 
+    For machines where TILE_ROWS is at most VECTOR_WIDTH.
     Rows are exchanged in pairs at distances 1, 2, 4 and so on: at each, the elements on the wrong side of a pair's
     diagonal change places.
     """

@@ -60,24 +60,32 @@ class ServerOptions:
     request_timeout_s: float | None = None
     strict_contest: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for limits that no model could make sense of."""
+        for option, value in (("--max-queue", self.max_queue), ("--max-body-bytes", self.max_body_bytes)):
+            if value < 1:
+                raise ConfigError(f"{option} must be at least 1, not {value}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(
+                f"--max-model-len (in a contest YAML seq_length and max_generate_length) must be at least 2, not "
+                f"{self.max_model_len}"
+            )
+        if self.request_timeout_s is not None and not self.request_timeout_s > 0:
+            raise ConfigError(f"--request-timeout must be above 0, not {self.request_timeout_s}")
+        if self.api_key == "":
+            raise ConfigError("the API key is empty; give one, or leave it out")
+
 
 def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
-    """The engine and its rules. Raises ModelError when the model has no tokenizer, ConfigError for bad limits."""
+    """The engine and its rules. Raises ModelError without a tokenizer, ConfigError for a length beyond the model's."""
     if llm.tokenizer is None:
         raise ModelError("the model has no tokenizer, and a server needs one; name it with --tokenizer")
     length = llm.max_model_len if options.max_model_len is None else options.max_model_len
-    if not 1 < length <= llm.max_model_len:
+    if length > llm.max_model_len:
         raise ConfigError(
-            f"max_model_len (in a contest YAML seq_length and max_generate_length) must be between 2 and the model's "
+            f"--max-model-len (in a contest YAML seq_length and max_generate_length) must be at most the model's "
             f"context of {llm.max_model_len}, not {length}"
         )
-    for field in ("max_queue", "max_body_bytes"):
-        if getattr(options, field) < 1:
-            raise ConfigError(f"{field} must be at least 1, not {getattr(options, field)}")
-    if options.api_key == "":
-        raise ConfigError("the API key is empty; give one, or leave it out")
-    if options.request_timeout_s is not None and not options.request_timeout_s > 0:
-        raise ConfigError(f"request_timeout_s must be above 0, not {options.request_timeout_s}")
     engine = AsyncEngine(llm.open_loop())
     blocks = engine.engine.scheduler.blocks
     length = min(length, blocks.num_blocks * blocks.block_size + 1)  # the last token needs no room
@@ -129,7 +137,7 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
         sys.setswitchinterval(_SWITCH_S)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        line = f"serving {name} on http://{shown}:{port} (llm-serving, OpenAI and TGI; /docs lists everything)"
+        line = f"serving {name} on http://{shown}:{port} (llm-serving, OpenAI and TGI; /openapi.json lists everything)"
         Server(service, on_started=lambda: say(line)).run(sockets=[listener])
         return 0 if service.engine.failed is None else 1
     finally:
