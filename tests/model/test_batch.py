@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
@@ -25,7 +26,8 @@ def test_every_token_meets_every_head_once(
     sequences: list[tuple[int, int]], tokens_per_tile: int, num_kv_heads: int, num_threads: int
 ) -> None:
     batch = _batch(sequences)
-    tiles, items = batch.attention_work(tokens_per_tile, num_kv_heads, num_threads)
+    work = batch.attention_work(tokens_per_tile, num_kv_heads, num_threads)
+    tiles, items = work.tiles, work.items
     met = Counter(
         (row, head)
         for first_tile, last_tile, first_head, last_head in items
@@ -40,7 +42,8 @@ def test_every_token_meets_every_head_once(
 @given(_SEQUENCES, st.integers(1, 12))
 def test_tiles_know_their_place(sequences: list[tuple[int, int]], tokens_per_tile: int) -> None:
     batch = _batch(sequences)
-    tiles, items = batch.attention_work(tokens_per_tile, 4, 2)
+    work = batch.attention_work(tokens_per_tile, 4, 2)
+    tiles, items = work.tiles, work.items
     for first_row, rows, first_position, sequence, alone in tiles:
         first, count, start = batch.sequences[sequence]
         assert 1 <= rows <= tokens_per_tile
@@ -52,7 +55,26 @@ def test_tiles_know_their_place(sequences: list[tuple[int, int]], tokens_per_til
         assert len(set(tiles[first_tile:last_tile, 3])) == 1, "an item is of one sequence"
 
 
+@given(_SEQUENCES, st.integers(1, 12), st.data())
+def test_only_rows_with_logits_when_no_more_is_wanted(
+    sequences: list[tuple[int, int]], tokens_per_tile: int, data: st.DataObject
+) -> None:
+    """And what a tile does not hold of its sequence is among what must be written first."""
+    wanted = [data.draw(st.integers(0, count)) for count, _ in sequences]
+    ends = np.cumsum([count for count, _ in sequences])
+    rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
+    batch = replace(_batch(sequences), logits_rows=np.array(rows, np.int64))
+    work = batch.attention_work(tokens_per_tile, 2, 2, logits_only=True)
+    met = [row for first_row, count, *_ in work.tiles for row in range(first_row, first_row + count)]
+    assert sorted(met) == rows
+    whole = {sequence: count for _, count, _, sequence, alone in work.tiles if alone}
+    assert all(count == sequences[sequence][0] for sequence, count in whole.items())
+    others = [i for i in range(len(sequences)) if i not in whole]
+    assert work.written_first.tolist() == batch.sequences[others].tolist()
+
+
 def test_the_longest_item_comes_first() -> None:
-    tiles, items = _batch([(1, 10), (300, 0), (1, 400)]).attention_work(12, 2, 2)
+    work = _batch([(1, 10), (300, 0), (1, 400)]).attention_work(12, 2, 2)
+    tiles, items = work.tiles, work.items
     cost = [(tiles[last - 1, 2] + 1) * (last - first) for first, last, *_ in items]
     assert cost == sorted(cost, reverse=True)

@@ -6,6 +6,8 @@ import numpy as np
 
 from isologit.engine.request import SamplingParams
 
+_LARGEST = 1e300  # far beyond any logit; the difference of two is still a number
+
 
 def top_logprobs(row: np.ndarray, token_id: int, count: int, normaliser: float) -> dict[int, float]:
     """Log-probability of `token_id` and of the `count` most likely tokens, by token id.
@@ -38,7 +40,9 @@ def choose_token(
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.asarray(token_ids, np.int64))
         values = logits[seen]
-        logits[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        with np.errstate(over="ignore"):  # a penalty near 0 makes infinities, whose differences would be NaN
+            values = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        logits[seen] = values.clip(-_LARGEST, _LARGEST)
     if num_output_tokens < params.min_tokens:
         logits[[token for token in (*eos_token_ids, *params.stop_token_ids) if token < len(logits)]] = -np.inf
     if params.greedy:

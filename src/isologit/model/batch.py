@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_TILES_PER_ITEM = 8
+_TILES_PER_ITEM = 4
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class FlatBatch:
 
     token_ids, positions: int64 [T]. slots: int64 [T], where the token's keys and values go (block id * block size +
     offset). sequences: int64 [S, 3], first row, number of rows and first position of each sequence. block_tables:
-    int64 [S, max blocks], block ids by sequence. logits_rows: int64 [R], rows whose logits are wanted.
+    int64 [S, max blocks], block ids by sequence. logits_rows: int64 [R], ascending, rows whose logits are wanted: of
+    each sequence none or its last ones.
     """
 
     token_ids: np.ndarray
@@ -26,26 +27,29 @@ class FlatBatch:
     logits_rows: np.ndarray
 
     def attention_work(
-        self, tokens_per_tile: int, num_kv_heads: int, num_threads: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(tiles, items) of the attention, int64.
-
-        tiles [N, 5]: first row, rows, first position, sequence, whether it is the sequence's only one in this step.
-        items [M, 4]: first and last + 1 of the tiles, first and last + 1 of the KV heads. A tile that is alone has its
-        heads shared by the threads; several tiles of a sequence take one head at a time, whose keys and values then
-        stay in the cache. The longest items come first.
-        """
-        counts = self.sequences[:, 1]
-        per_sequence = -(-counts // tokens_per_tile)
+        self, tokens_per_tile: int, num_kv_heads: int, num_threads: int, *, logits_only: bool = False
+    ) -> AttentionWork:
+        """The attention of all tokens, or only of those whose logits are wanted, in tiles of consecutive tokens."""
+        first_row, counts, position = self.sequences.T
+        wanted = counts
+        if logits_only:
+            ends = np.searchsorted(self.logits_rows, np.append(first_row, first_row[-1] + counts[-1]))
+            wanted = np.diff(ends)
+        alone = (counts <= tokens_per_tile) & (wanted == counts)
+        per_sequence = -(-wanted // tokens_per_tile)
         sequence, within = _enumerate(per_sequence)
-        within *= tokens_per_tile
-        tiles = np.empty((len(sequence), 5), np.int64)
-        tiles[:, 0] = self.sequences[sequence, 0] + within
-        tiles[:, 1] = np.minimum(tokens_per_tile, counts[sequence] - within)
-        tiles[:, 2] = self.sequences[sequence, 2] + within
-        tiles[:, 3] = sequence
-        tiles[:, 4] = per_sequence[sequence] == 1
-
+        within = within * tokens_per_tile
+        skipped = (counts - wanted)[sequence] + within
+        tiles = np.stack(
+            [
+                first_row[sequence] + skipped,
+                np.minimum(tokens_per_tile, wanted[sequence] - within),
+                position[sequence] + skipped,
+                sequence,
+                alone[sequence],
+            ],
+            axis=1,
+        )
         owner, chunk = _enumerate(-(-per_sequence // _TILES_PER_ITEM))
         ends = np.cumsum(per_sequence)
         first = ends[owner] - per_sequence[owner] + chunk * _TILES_PER_ITEM
@@ -57,7 +61,23 @@ class FlatBatch:
         items = np.stack(
             [first[unit], last[unit], part * num_kv_heads // parts, (part + 1) * num_kv_heads // parts], axis=1
         )
-        return tiles, items
+        return AttentionWork(tiles, items, self.sequences[~alone])
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """What the threads share in attention, int64.
+
+    tiles [N, 5]: first row, rows, first position, sequence, whether it holds all of the sequence's tokens. items
+    [M, 4]: first and last + 1 of the tiles, first and last + 1 of the KV heads, the longest first. A sequence's only
+    tile has its heads shared by the threads; several take one head at a time, whose keys and values then stay in the
+    cache. written_first [W, 3]: sequences, as in `FlatBatch`, whose tokens are not all in one tile: their keys and
+    values must be written before any tile is begun.
+    """
+
+    tiles: np.ndarray
+    items: np.ndarray
+    written_first: np.ndarray
 
 
 def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

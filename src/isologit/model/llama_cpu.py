@@ -60,14 +60,12 @@ def _book(thread, clock, phase):
 
 
 @njit(nogil=True)
-def _norm_rows(
-    thread, num_threads, source, stride, listed, rows, gain, size, eps, out, height, places, scales, scratch
-):
-    """Norm of `rows` rows, or of the listed ones if there is a list; a thread takes whole tiles."""
+def _norm_rows(thread, num_threads, source, stride, rows, gain, size, eps, out, height, places, scales, scratch):
+    """Norm of `rows` rows; a thread takes whole tiles."""
     for top in range(thread * height, rows, num_threads * height):
         n = min(height, rows - top)
         for r in range(n):
-            places[r] = (listed[top + r] if listed.shape[0] else top + r) * stride
+            places[r] = (top + r) * stride
         rms_norm_tile(source, places, n, gain, size, eps, out, top * size, height, scales, scratch)
 
 
@@ -80,17 +78,18 @@ def _share(part, num_parts, count):
 @njit(nogil=True, cache=True)
 def _step(
     thread, num_threads, sync, counters,
-    token_ids, positions, slots, tiles, items, tiled_sequences, block_tables, logits_rows,
+    token_ids, positions, slots, tiles, items, written_first, last_tiles, last_items, last_written_first,
+    block_tables, logits_rows,
     embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down, w_head,
     num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab, value_width, eps, cos, sin, keys, values,
-    residual, normed, qkv, attended, packed, gated,
+    residual, normed, qkv, attended, packed, gated, kept_residual, kept_attended,
     query_scratch, score_scratch, weight_scratch, sum_scratch, row_scratch, offset_scratch,
     logits, chosen, clock,
 ):  # fmt: skip
     """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R].
 
-    tiles, items: the attention's work as `FlatBatch.attention_work` gives it. tiled_sequences: those with
-    several tiles.
+    tiles, items, written_first: the attention's work as `FlatBatch.attention_work` gives it. In the last layer only the
+    rows in `logits_rows` go on: last_* is that layer's work, kept_* hold its rows.
     """
     rows, num_logits = token_ids.shape[0], logits_rows.shape[0]
     height = tile_height(rows)
@@ -101,7 +100,6 @@ def _step(
     queries, sums = query_scratch[thread], sum_scratch[thread]
     scores, weights = score_scratch[thread].reshape(-1), weight_scratch[thread]
     scores_stride = score_scratch.shape[2]
-    everything = logits_rows[:0]
     counter = 0
     if thread == 0:
         clock[-1] = monotonic_ns()
@@ -109,13 +107,14 @@ def _step(
         for r in range(top, min(rows, top + height)):
             for i in range(hidden):
                 residual[r, i] = embedding[token_ids[r], i]
-    for layer in range(w_qkv.shape[0]):
+    last_layer = w_qkv.shape[0] - 1
+    for layer in range(last_layer + 1):
         # NOTE: tiles are dealt to threads in the same way above and in the norm, so no barrier is needed between.
         if layer > 0:
             barrier(sync, num_threads)
             _book(thread, clock, _DOWN)
         _norm_rows(
-            thread, num_threads, residual_flat, stride, everything, rows, input_gains[layer], hidden, eps,
+            thread, num_threads, residual_flat, stride, rows, input_gains[layer], hidden, eps,
             normed, height, offsets, sums, scratch,
         )  # fmt: skip
         barrier(sync, num_threads)
@@ -128,13 +127,15 @@ def _step(
         barrier(sync, num_threads)
         _book(thread, clock, _QKV)
         layer_keys, layer_values = keys[layer], values[layer]
+        if layer == last_layer:
+            tiles, items, written_first = last_tiles, last_items, last_written_first
         # NOTE: keys and values are written just before they are first read, when the cache line is there already. Only
         # tokens that other tiles look back to must be written by all before any goes on.
-        if tiled_sequences.shape[0]:
+        if written_first.shape[0]:
             first, last = _share(thread, num_threads, num_kv_heads)
-            for sequence in range(tiled_sequences.shape[0]):
+            for sequence in range(written_first.shape[0]):
                 rotate_and_cache(
-                    qkv_flat, qkv_stride, tiled_sequences[sequence, 0], tiled_sequences[sequence, 1], positions, slots,
+                    qkv_flat, qkv_stride, written_first[sequence, 0], written_first[sequence, 1], positions, slots,
                     first, last, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
                 )  # fmt: skip
             barrier(sync, num_threads)
@@ -168,6 +169,16 @@ def _step(
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         _book(thread, clock, _ATTENTION)
+        # NOTE: tiles are dealt to threads in the same way twice, so no barrier is needed between.
+        if layer == last_layer and num_logits < rows:
+            rows, height = num_logits, tile_height(num_logits)
+            for top in range(thread * height, rows, num_threads * height):
+                for r in range(top, min(rows, top + height)):
+                    for i in range(hidden):
+                        kept_residual[r, i] = residual[logits_rows[r], i]
+                    for i in range(heads_size):
+                        kept_attended[r, i] = attended[logits_rows[r], i]
+            residual_flat, attended_flat = kept_residual.reshape(-1), kept_attended.reshape(-1)
         for top in range(thread * height, rows, num_threads * height):
             pack_tile(
                 attended_flat, top * heads_size, heads_size, min(height, rows - top), heads_size,
@@ -183,7 +194,7 @@ def _step(
         barrier(sync, num_threads)
         _book(thread, clock, _OUTPUT)
         _norm_rows(
-            thread, num_threads, residual_flat, stride, everything, rows, post_gains[layer], hidden, eps,
+            thread, num_threads, residual_flat, stride, rows, post_gains[layer], hidden, eps,
             normed, height, offsets, sums, scratch,
         )  # fmt: skip
         barrier(sync, num_threads)
@@ -203,15 +214,14 @@ def _step(
     barrier(sync, num_threads)
     _book(thread, clock, _DOWN)
     logits_flat = logits.reshape(-1)
-    height = tile_height(num_logits)
     _norm_rows(
-        thread, num_threads, residual_flat, stride, logits_rows, num_logits, final_gain, hidden, eps,
+        thread, num_threads, residual_flat, stride, rows, final_gain, hidden, eps,
         normed, height, offsets, sums, scratch,
     )  # fmt: skip
     barrier(sync, num_threads)
     _book(thread, clock, _ELEMENTWISE)
     linear(
-        normed, height, hidden, num_logits, hidden, w_head, logits_flat, logits.shape[1], STORE,
+        normed, height, hidden, rows, hidden, w_head, logits_flat, logits.shape[1], STORE,
         scratch, offsets, counters, counter,
     )  # fmt: skip
     barrier(sync, num_threads)
@@ -386,6 +396,7 @@ class LlamaCPU:
         self._residual = np.zeros((tokens, hidden), np.float32)
         self._qkv = np.zeros((tokens, self._w_qkv.shape[1] * PANEL_WIDTH), np.float32)
         self._attended = np.zeros((tokens, c.num_attention_heads * c.head_dim), np.float32)
+        self._kept_residual, self._kept_attended = np.zeros_like(self._residual), np.zeros_like(self._attended)
         # NOTE: what products read lies in tiles, of which the last may be only partly filled.
         tiled = tokens + TILE_ROWS
         self._normed = np.zeros(tiled * c.hidden_size, np.float32)
@@ -409,19 +420,23 @@ class LlamaCPU:
             self._logits = np.zeros((rows, self._logits.shape[1]), np.float32)
         tokens = batch.token_ids.shape[0]
         chosen = np.empty(rows, np.int64)
-        tiles, items = batch.attention_work(self.tile_tokens, c.num_key_value_heads, self.num_threads)
+        work = batch.attention_work(self.tile_tokens, c.num_key_value_heads, self.num_threads)
+        last = work
+        if rows < tokens:
+            last = batch.attention_work(self.tile_tokens, c.num_key_value_heads, self.num_threads, logits_only=True)
         self._counters[:] = 0
         self._crew.run(
             _step, np.zeros(COUNTER_STRIDE, np.int64), self._counters,
-            batch.token_ids, batch.positions, batch.slots, tiles, items,
-            batch.sequences[batch.sequences[:, 1] > self.tile_tokens], batch.block_tables, batch.logits_rows,
+            batch.token_ids, batch.positions, batch.slots, work.tiles, work.items, work.written_first,
+            last.tiles, last.items, last.written_first, batch.block_tables, batch.logits_rows,
             self._embedding, self._input_gains, self._post_gains, self._final_gain,
             self._w_qkv, self._w_out, self._w_gate_up, self._w_down, self._w_head,
             c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size, c.vocab_size,
             self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,
             self._residual[:tokens], self._normed, self._qkv[:tokens], self._attended[:tokens], self._packed,
-            self._gated, self._query_scratch, self._score_scratch, self._weight_scratch, self._sum_scratch,
-            self._row_scratch, self._offset_scratch, self._logits, chosen, self._clock,
+            self._gated, self._kept_residual, self._kept_attended, self._query_scratch, self._score_scratch,
+            self._weight_scratch, self._sum_scratch, self._row_scratch, self._offset_scratch, self._logits,
+            chosen, self._clock,
         )  # fmt: skip
         return self._logits[:rows, : c.vocab_size], chosen
 
