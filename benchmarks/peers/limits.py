@@ -68,13 +68,11 @@ def least_seconds(
     slots: Sequence[int] = _SLOTS,
 ) -> dict[str, Any]:
     """`limit_s` at the number of slots where it is least, with that number, the steps and the operations."""
-    head = 2 * config.hidden_size * config.vocab_size
-    body = 2 * config.num_matmul_parameters - head
     stream_s = config.num_matmul_parameters * bytes_per_weight / rates.bytes_per_s
 
     def limit(count: int) -> dict[str, Any]:
         steps = step_rows(lengths, count)
-        work = [body * tokens + head * logits for tokens, logits in steps]
+        work = [config.product_flop(tokens, logits) for tokens, logits in steps]
         seconds = sum(max(flops / rates.flops, stream_s) for flops in work)
         return {"limit_s": seconds, "slots": count, "steps": len(steps), "flop": sum(work)}
 

@@ -34,6 +34,8 @@ VARIANTS = {
     "tokens": dataclasses.replace(TINY, bos_token_id=None, eos_token_ids=(3, 4), pad_token_id=0, dtype="bfloat16"),
 }
 
+KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj")
+
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_round_trip_through_transformers(config: ModelConfig) -> None:
@@ -50,6 +52,17 @@ def test_parameter_counts(config: ModelConfig) -> None:
     products = [p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
     head = model.lm_head.weight.numel() if config.tie_word_embeddings else 0
     assert config.num_matmul_parameters == sum(products) + head
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_a_token_without_logits_ends_at_the_last_keys_and_values(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config.to_hf_dict()))
+    last = dict(model.model.layers[-1].named_parameters())
+    left_out = sum(p.numel() for name, p in last.items() if p.dim() == 2 and not name.startswith(KEYS_AND_VALUES))
+    left_out += model.lm_head.weight.numel()
+    assert config.product_flop(5, 5) == 10 * config.num_matmul_parameters
+    assert config.product_flop(5, 2) == config.product_flop(5, 5) - 2 * 3 * left_out
 
 
 def test_published_parameter_counts() -> None:

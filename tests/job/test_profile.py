@@ -27,9 +27,7 @@ def test_shares_sum_to_one_and_rates_follow() -> None:
     assert found["shares"]["products"] == pytest.approx(0.5)
     assert found["shares"]["sampling"] == pytest.approx(0.06)
     assert found["host_share"] == pytest.approx(0.2)
-    head = 2 * CONFIG.hidden_size * CONFIG.vocab_size
-    flop = (2 * CONFIG.num_matmul_parameters - head) * 101 + head * 51
-    assert found["product_gflops"] == pytest.approx(flop / 1e9)
+    assert found["product_gflops"] == pytest.approx((CONFIG.product_flop(100, 50) + CONFIG.product_flop(1, 1)) / 1e9)
     assert found["narrow_steps"] == 1
     assert found["narrow_step_gb_per_s"] == pytest.approx(1 / 0.9)
     assert found["limit_s"] == pytest.approx(0.1 + 0.1)

@@ -185,6 +185,15 @@ class ModelConfig:
         feed_forward = 3 * self.hidden_size * self.intermediate_size
         return self.num_hidden_layers * (attention + feed_forward) + self.vocab_size * self.hidden_size
 
+    def product_flop(self, tokens: int, logits: int) -> int:
+        """FLOP of the products that a step of `tokens` tokens, `logits` of them with logits, cannot do without.
+
+        The other tokens end at the last layer's keys and values.
+        """
+        query = self.num_attention_heads * self.head_dim
+        rest = self.hidden_size * (2 * query + 3 * self.intermediate_size + self.vocab_size)
+        return 2 * (self.num_matmul_parameters * tokens - rest * (tokens - logits))
+
     @property
     def num_parameters(self) -> int:
         """Stored weights; a tied embedding is counted once."""

@@ -82,7 +82,7 @@ def profile(
         "capture": total("capture_s"),
     }
     parts["scheduler"] = busy - model - total("sample_s") - parts["capture"]
-    work = [_operations(config, step["num_tokens"], step["num_logits"]) for step in steps]
+    work = [config.product_flop(step["num_tokens"], step["num_logits"]) for step in steps]
     floor = sum(max(flop / limits.flops, weight_bytes / limits.bytes_per_s) for flop in work)
     narrow = [step["execute_s"] for step in steps if step["num_tokens"] <= _NARROW_ROWS]
     return {
@@ -97,9 +97,3 @@ def profile(
         "limit_s": floor,
         "limit_over_time": floor / busy,
     }
-
-
-def _operations(config: ModelConfig, tokens: int, logits: int) -> float:
-    """FLOP of the matrix products of a step; the last one counts for rows that need logits only."""
-    head = 2 * config.hidden_size * config.vocab_size
-    return (2 * config.num_matmul_parameters - head) * tokens + head * logits
