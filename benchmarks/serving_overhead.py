@@ -165,7 +165,7 @@ def main() -> None:
         "seed": 0,
         "note": "client and server share the machine's cores, so the client's own cost is included",
         "environment": describe_environment(),
-        "server_versions": {name: version(name) for name in ("aiohttp", "fastapi", "uvicorn", "h11")},
+        "server_versions": {name: version(name) for name in ("aiohttp", "fastapi", "uvicorn", "httptools")},
     }
     way = "stream" if asked.stream else "whole"
     name = f"serving-overhead-{asked.model or 'demo'}-{asked.backend}-{way}.json"

@@ -456,7 +456,7 @@ async def soak(minutes: float, burst: int, seed: int, cases: Sequence[Case], opt
         "samples": samples.rows,
         "options": list(options),
         "environment": describe_environment(),
-        "client_versions": {name: version(name) for name in ("aiohttp", "fastapi", "uvicorn", "h11", "psutil")},
+        "client_versions": {name: version(name) for name in ("aiohttp", "fastapi", "uvicorn", "httptools", "psutil")},
         "note": "client and server share the machine's cores",
     }
 

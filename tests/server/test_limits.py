@@ -120,9 +120,14 @@ def test_a_body_is_as_large_as_the_limit_at_most(narrow: Running, spoken: Spoken
         assert f"limit of {LARGEST} bytes" in reason(answer)
 
 
+def connected(server: Running) -> socket.socket:
+    """A bare connection, for clients that do not speak HTTP as they should."""
+    url = httpx.URL(server.url)
+    return socket.create_connection((url.host, url.port or 0), timeout=20)
+
+
 def test_a_client_that_asks_first_is_refused_before_it_sends(narrow: Running) -> None:
-    url = httpx.URL(narrow.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection:
+    with connected(narrow) as connection:
         connection.sendall(
             b"POST /generate HTTP/1.1\r\nhost: t\r\nexpect: 100-continue\r\ncontent-length: 99999999\r\n\r\n"
         )
@@ -131,8 +136,7 @@ def test_a_client_that_asks_first_is_refused_before_it_sends(narrow: Running) ->
 
 def test_a_body_that_does_not_come_is_given_up(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "_LONGEST_BODY_S", 0.3)
-    url = httpx.URL(narrow.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection:
+    with connected(narrow) as connection:
         connection.sendall(b"POST /generate HTTP/1.1\r\nhost: t\r\ncontent-length: 50\r\n\r\n{")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
         assert connection.recv(1000) == b""
@@ -143,8 +147,7 @@ def test_a_request_that_never_begins_is_closed(
     narrow: Running, monkeypatch: pytest.MonkeyPatch, sent: bytes, used: bool
 ) -> None:
     monkeypatch.setattr(connections, "LONGEST_HEAD_S", 0.3)
-    url = httpx.URL(narrow.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection:
+    with connected(narrow) as connection:
         if used:
             connection.sendall(b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n")
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
@@ -156,8 +159,7 @@ def test_a_request_that_never_begins_is_closed(
 
 @pytest.mark.parametrize("head", [b"x: " + b"y" * 100_000, b"a: b\r\n" * 20_000], ids=["long line", "many lines"])
 def test_a_head_without_end_is_cut_off(narrow: Running, head: bytes) -> None:
-    url = httpx.URL(narrow.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection, suppress(ConnectionError):
+    with connected(narrow) as connection, suppress(ConnectionError):
         connection.sendall(b"GET /health HTTP/1.1\r\n" + head)
         assert not connection.recv(1000).startswith(b"HTTP/1.1 200")
     assert httpx.get(f"{narrow.url}/health", headers={"x": "y" * 30_000}).status_code == 200
@@ -165,8 +167,7 @@ def test_a_head_without_end_is_cut_off(narrow: Running, head: bytes) -> None:
 
 def test_what_comes_after_a_refusal_holds_nothing(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "LONGEST_HEAD_S", 0.3)
-    url = httpx.URL(narrow.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection:
+    with connected(narrow) as connection:
         connection.sendall(b"POST /generate HTTP/1.1\r\nhost: t\r\ncontent-length: 99999999\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
         connection.sendall(b"x" * 1000)
@@ -179,8 +180,7 @@ def test_what_comes_after_a_refusal_holds_nothing(narrow: Running, monkeypatch: 
     "line", [b"GET /\xff HTTP/1.1", b"GET http://[ HTTP/1.1", b"GET /a b HTTP/9.9", b"\x00\x01\x02"]
 )
 def test_lines_that_are_not_http_are_refused(narrow: Running, line: bytes) -> None:
-    url = httpx.URL(narrow.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection:
+    with connected(narrow) as connection:
         connection.sendall(line + b"\r\nhost: t\r\n\r\n")
         assert connection.recv(1000)[:10] in (b"HTTP/1.1 4", b"")
 

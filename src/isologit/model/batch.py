@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_TILES_PER_ITEM = 4
+_TILES_PER_ITEM = 4  # more would use a head's keys and values oftener, fewer keep the last thread from waiting
 
 
 @dataclass(frozen=True)
