@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -12,6 +13,8 @@ from types import FrameType
 from typing import NoReturn
 
 from isologit.errors import IsologitError
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Exit(IntEnum):
@@ -38,6 +41,9 @@ def reporting_errors(*, as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         leave(Exit.INTERRUPTED, "interrupted", as_json=as_json)
     except (Exception, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno in _FULL_DISK:
+            line = "error: the disk is full; make room, then run the same command again"
+            leave(Exit.USER_ERROR, line, as_json=as_json)
         import traceback
 
         traceback.print_exc()
