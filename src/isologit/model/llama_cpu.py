@@ -144,7 +144,7 @@ def _step(
         item = atomic_add(counters, counter, 1)
         while item < items.shape[0]:
             next_item = atomic_add(counters, counter, 1)
-            first_tile, last_tile, first, last = items[item]
+            first_tile, last_tile, first, last = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
             for kv_head in range(first, last):
                 for tile in range(first_tile, last_tile):
                     next_tile, next_head = tile + 1, kv_head
@@ -152,18 +152,18 @@ def _step(
                         next_tile, next_head = first_tile, kv_head + 1
                     if next_head == last and next_item < items.shape[0]:
                         next_tile, next_head = items[next_item, 0], items[next_item, 2]
-                    first_row, num_rows, first_position, sequence, alone = tiles[tile]
+                    first_row, num_rows, first_position = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2]
                     next_context = tiles[next_tile, 1] + tiles[next_tile, 2] if next_head < num_kv_heads else 0
-                    if alone:
+                    if tiles[tile, 4]:
                         rotate_and_cache(
                             qkv_flat, qkv_stride, first_row, num_rows, positions, slots, kv_head, kv_head + 1,
                             num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
                         )  # fmt: skip
                     attention_tile(
-                        qkv_flat, qkv_stride, first_row, num_rows, first_position, block_tables[sequence],
+                        qkv_flat, qkv_stride, first_row, num_rows, first_position, block_tables, tiles[tile, 3],
                         kv_head, num_heads, num_kv_heads, head_dim, value_width, layer_keys, layer_values,
                         attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch, offsets,
-                        block_tables[tiles[next_tile, 3]], next_head, -(-next_context // PANEL_WIDTH),
+                        tiles[next_tile, 3], next_head, -(-next_context // PANEL_WIDTH),
                     )  # fmt: skip
             item = next_item
         counter += COUNTER_STRIDE

@@ -61,7 +61,7 @@ def _packed_product(x: torch.Tensor, weight: torch.Tensor, storage: str, epilogu
     out = np.zeros((rows + height) * width, np.float32)
     cpu.linear(
         _in_tiles(x, height), height, features, rows, features, panels, out, width, epilogue,
-        np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(4, np.int64), np.zeros(1, np.int64), 0,
+        np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(8, np.int64), np.zeros(1, np.int64), 0,
     )  # fmt: skip
     if epilogue == cpu.SWIGLU:
         return _from_tiles(out, height, rows, width)
@@ -182,10 +182,10 @@ def paged_attention_numba(
     for first in range(0, length, step):
         for head in range(kv_heads):
             cpu.attention_tile(
-                qkv, stride, first, min(step, length - first), first, table, head, heads, kv_heads, dim, width,
+                qkv, stride, first, min(step, length - first), first, table[None], 0, head, heads, kv_heads, dim, width,
                 cache, values, out, heads * dim, queries, scores.reshape(-1), scores.shape[1],
                 np.zeros(scores.size, np.float32), np.zeros(step * group, np.float32),
-                np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(4, np.int64), table, head + 1,
+                np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(8, np.int64), 0, head + 1,
                 blocks if head + 1 < kv_heads else 0,
             )  # fmt: skip
     return torch.from_numpy(out).view(length, heads, dim)

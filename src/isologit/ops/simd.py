@@ -101,13 +101,13 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return _float_intrinsic(builder, "fma", a, b, c)
 
 
-def _prefetch(builder: Any, pointer: Any) -> None:
-    """Ask for a cache line that will be read soon; any address is allowed."""
+def _prefetch(builder: Any, pointer: Any, *, level: int = 2) -> None:
+    """Ask for a cache line that will be read soon, into the cache of that level; any address is allowed."""
     i32, address = ir.IntType(32), ir.IntType(8).as_pointer()
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [address, i32, i32, i32]), "llvm.prefetch.p0"
     )
-    read, keep, data = (ir.Constant(i32, value) for value in (0, 2, 1))
+    read, keep, data = (ir.Constant(i32, value) for value in (0, 4 - level, 1))
     builder.call(function, [builder.bitcast(pointer, address), read, keep, data])
 
 
@@ -139,144 +139,153 @@ _EXP_POLYNOMIAL = (
 _STORAGE_OF_DTYPE = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CACHE_LINE = 64  # bytes
-PREFETCH_DEPTH = 2  # a tile of TILE_ROWS asks for one cache line in so many terms
-
-
 EPILOGUES = ("store", "add", "swiglu")
 
 
-def make_tile_product(rows: int, epilogue: str, *, panels: int = 1) -> Any:
+def make_tile_product(heights: tuple[int, ...], epilogue: str, *, panels: int = 1) -> Any:
     """Register-tile product `x[rows, K] @ w[K, PANEL_WIDTH]` with an epilogue, as a Numba intrinsic.
 
-    Call: `tile(x, x_offset, x_step, w, w_offset, w_stride, K, fetch, start, start_offset, start_stride, out,
-    out_offset, out_stride)`; arrays are flat, offsets and strides count elements; all are float32 but `w`, which is
-    float32, float16 bits (int16) or bfloat16 bits (uint16), widened exactly. `x` is transposed: row r's k-th value lies
-    at `x_offset + k * x_step + r`, so that one pointer serves all rows of a tile. Weights from `fetch` elements behind
-    the tile's own on are asked into the cache meanwhile: as many as the tile reads, or a cache line each pass for a
-    tile of TILE_ROWS, which has company that asks for the others. Every output element is one chain of fused
-    multiply-adds in ascending k that begins with its value in `start` (rows of PANEL_WIDTH * panels; one row of zeros
-    with stride 0 begins anew). However many rows there are, the chain is the same: that is why a row's result does not
-    depend on what it is batched with.
+    Call: `tile(x, x_offset, x_step, w, w_offset, w_stride, K, fetch, pace, start, start_offset, start_stride, out,
+    out_offset, out_stride, rows)`; arrays are flat, offsets and strides count elements; all are float32 but `w`, which
+    is float32, float16 bits (int16) or bfloat16 bits (uint16), widened exactly. `rows` is one of `heights`, each of
+    which has a loop of its own; for another number nothing is computed. `x` is transposed: row r's k-th value lies at
+    `x_offset + k * x_step + r`, so that one pointer serves all rows of a tile. Weights from `fetch` elements behind
+    the tile's own on are asked into the cache meanwhile, `pace` further each time: with a cache line of weights as many
+    as the tile reads, with half a line half as many. Every output element is one chain of fused multiply-adds in
+    ascending k that begins with its value in `start` (rows of PANEL_WIDTH * panels; one row of zeros with stride 0
+    begins anew). However many rows there are, the chain is the same: that is why a row's result does not depend on
+    what it is batched with.
 
     epilogue: "store" writes the sums to `out`, "add" adds them to it, "swiglu" takes the first half of a panel's
     columns as gate and the second as up and writes silu(gate) * up, VECTOR_WIDTH columns (Shazeer 2020).
-    panels: with more than one, `w_offset` is an int64 array of so many panel offsets and the results stand side by
-    side in `out`: short tiles need several chains in flight to hide the latency of the multiply-add.
+    panels: with more than one, `w_offset` is an int64 array of two values a panel, its offset and what it adds to
+    `fetch`, and the results stand side by side in `out`: short tiles need several chains in flight to hide the latency
+    of the multiply-add.
     """
-    unroll = 4 if rows <= 2 else 2
-    vectors = PANEL_VECTORS * panels
     if epilogue not in EPILOGUES:
         raise ValueError(f"unknown epilogue {epilogue!r}; there are {', '.join(EPILOGUES)}")
 
     @intrinsic
     def tile(
-        typing_context, x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, start, start_offset, start_stride,
-        out, out_offset, out_stride,
+        typing_context, x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, pace, start, start_offset,
+        start_stride, out, out_offset, out_stride, rows,
     ):  # fmt: skip
         storage = _STORAGE_OF_DTYPE[w.dtype]
         signature = types.void(
-            x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, start, start_offset, start_stride,
-            out, out_offset, out_stride,
+            x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, pace, start, start_offset, start_stride,
+            out, out_offset, out_stride, rows,
         )  # fmt: skip
-        line = CACHE_LINE // _BYTES[storage]  # weights
-        lines_per_pass = 1 if rows == TILE_ROWS else max(1, unroll * PANEL_WIDTH // line)
 
         def codegen(context, builder, signature, args):
-            i64 = ir.IntType(64)
-            vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
-            values = [
+            *values, rows = [
                 _data_pointer(context, builder, t, a)
                 if isinstance(t, types.Array)
                 else context.cast(builder, a, t, types.int64)
                 for t, a in zip(signature.args, args, strict=True)
             ]
-            x_ptr, x_off, x_step, w_ptr, w_off, w_ld, depth, fetch, *places = values
-            start_ptr, start_off, start_ld, out_ptr, out_off, out_ld = places
-            x_base = builder.gep(x_ptr, [x_off])
-            if panels == 1:
-                w_bases = [builder.gep(w_ptr, [w_off])]
-            else:
-                w_bases = [builder.gep(w_ptr, [builder.load(builder.gep(w_off, [i64(p)]))]) for p in range(panels)]
-
-            def times(value: Any, count: int) -> Any:
-                return builder.mul(value, i64(count))
-
-            def loop(start: Any, step: int, limit: Any, pointers: list[Any], sums: list[Any]) -> Any:
-                """Emit `for k in range(start, limit, step)`; returns k, pointers and sums as they are after it."""
-                before = builder.basic_block
-                head = builder.append_basic_block("tile.head")
-                body = builder.append_basic_block("tile.body")
-                done = builder.append_basic_block("tile.done")
-                builder.branch(head)
-                builder.position_at_end(head)
-                initial = [start, *pointers, *sums]
-                phis = [builder.phi(value.type) for value in initial]
-                for phi, value in zip(phis, initial, strict=True):
-                    phi.add_incoming(value, before)
-                k, x_now, *now = phis
-                w_now, (asked, *now_sums) = now[:panels], now[panels:]
-                builder.cbranch(builder.icmp_signed("<", k, limit), body, done)
-                builder.position_at_end(body)
-                if step == unroll:
-                    for number in range(panels * lines_per_pass):
-                        which, place = divmod(number, lines_per_pass)
-                        ahead = builder.gep(w_bases[which], [builder.add(asked, i64(place * line))])
-                        _prefetch(builder, ahead)
-                current = list(now_sums)
-                for u in range(step):
-                    weights = [
-                        _load_weights(
-                            builder, builder.gep(base, [builder.add(times(w_ld, u), i64(j * VECTOR_WIDTH))]), storage
-                        )
-                        for base in w_now
-                        for j in range(PANEL_VECTORS)
-                    ]
-                    for r in range(rows):
-                        place = builder.gep(x_now, [builder.add(times(x_step, u), i64(r))])
-                        scalar = _spread(builder, builder.load(place))
-                        for j in range(vectors):
-                            index = r * vectors + j
-                            current[index] = _fma(builder, scalar, weights[j], current[index])
-                following = [
-                    builder.add(k, i64(step)),
-                    builder.gep(x_now, [times(x_step, step)]),
-                    *[builder.gep(base, [times(w_ld, step)]) for base in w_now],
-                    builder.add(asked, i64(lines_per_pass * line)),
-                    *current,
-                ]
-                for phi, value in zip(phis, following, strict=True):
-                    phi.add_incoming(value, builder.basic_block)
-                builder.branch(head)
-                builder.position_at_end(done)
-                return k, phis[1 : 3 + panels], now_sums
-
-            sums = []
-            for r in range(rows):
-                row = builder.add(start_off, times(start_ld, r))
-                for j in range(vectors):
-                    place = builder.gep(start_ptr, [builder.add(row, i64(j * VECTOR_WIDTH))])
-                    sums.append(builder.load(builder.bitcast(place, vector.as_pointer())))
-                    sums[-1].align = 4
-            whole = builder.and_(depth, i64(-unroll))
-            k, pointers, sums = loop(i64(0), unroll, whole, [x_base, *w_bases, fetch], sums)
-            _, _, sums = loop(k, 1, depth, pointers, sums)
-            for r in range(rows):
-                results = sums[r * vectors : (r + 1) * vectors]
-                if epilogue == "swiglu":
-                    results = [_swiglu(builder, *results[j : j + 2]) for j in range(0, vectors, PANEL_VECTORS)]
-                for j, value in enumerate(results):
-                    offset = builder.add(out_off, builder.add(times(out_ld, r), i64(j * VECTOR_WIDTH)))
-                    pointer = builder.bitcast(builder.gep(out_ptr, [offset]), vector.as_pointer())
-                    if epilogue == "add":
-                        previous = builder.load(pointer)
-                        previous.align = 4
-                        value = builder.fadd(previous, value)
-                    builder.store(value, pointer).align = 4
+            end = builder.append_basic_block("tile.end")
+            switch = builder.switch(rows, end)
+            for height in heights:
+                block = builder.append_basic_block(f"tile.{height}")
+                switch.add_case(ir.IntType(64)(height), block)
+                builder.position_at_end(block)
+                _emit_tile(builder, values, height, panels, storage, epilogue)
+                builder.branch(end)
+            builder.position_at_end(end)
             return context.get_dummy_value()
 
         return signature, codegen
 
     return tile
+
+
+def _emit_tile(builder: Any, values: list[Any], rows: int, panels: int, storage: str, epilogue: str) -> None:
+    """The product of a tile of so many rows; `values` are the arguments of the call but `rows`."""
+    i64 = ir.IntType(64)
+    vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
+    unroll = 4 if rows <= 2 else 2
+    vectors = PANEL_VECTORS * panels
+    lines_per_pass = unroll * PANEL_WIDTH * _BYTES[storage] // CACHE_LINE
+    x_ptr, x_off, x_step, w_ptr, w_off, w_ld, depth, fetch, pace, *places = values
+    start_ptr, start_off, start_ld, out_ptr, out_off, out_ld = places
+    x_base = builder.gep(x_ptr, [x_off])
+    w_offsets, fetches = [w_off], [fetch]
+    if panels > 1:
+        given = [builder.load(builder.gep(w_off, [i64(i)])) for i in range(2 * panels)]
+        w_offsets, fetches = given[::2], [builder.add(fetch, own) for own in given[1::2]]
+    w_bases = [builder.gep(w_ptr, [offset]) for offset in w_offsets]
+    asked_bases = [builder.gep(base, [distance]) for base, distance in zip(w_bases, fetches, strict=True)]
+
+    def times(value: Any, count: int) -> Any:
+        return builder.mul(value, i64(count))
+
+    def loop(start: Any, step: int, limit: Any, pointers: list[Any], sums: list[Any]) -> Any:
+        """Emit `for k in range(start, limit, step)`; returns k, pointers and sums as they are after it."""
+        before = builder.basic_block
+        head = builder.append_basic_block("tile.head")
+        body = builder.append_basic_block("tile.body")
+        done = builder.append_basic_block("tile.done")
+        builder.branch(head)
+        builder.position_at_end(head)
+        initial = [start, *pointers, *sums]
+        phis = [builder.phi(value.type) for value in initial]
+        for phi, value in zip(phis, initial, strict=True):
+            phi.add_incoming(value, before)
+        k, x_now, *now = phis
+        w_now, (asked, *now_sums) = now[:panels], now[panels:]
+        builder.cbranch(builder.icmp_signed("<", k, limit), body, done)
+        builder.position_at_end(body)
+        if step == unroll:
+            for number in range(panels * lines_per_pass):
+                which, place = divmod(number, lines_per_pass)
+                _prefetch(builder, builder.gep(asked_bases[which], [builder.add(asked, times(pace, place))]))
+        current = list(now_sums)
+        for u in range(step):
+            weights = [
+                _load_weights(builder, builder.gep(base, [builder.add(times(w_ld, u), i64(j * VECTOR_WIDTH))]), storage)
+                for base in w_now
+                for j in range(PANEL_VECTORS)
+            ]
+            for r in range(rows):
+                scalar = _spread(builder, builder.load(builder.gep(x_now, [builder.add(times(x_step, u), i64(r))])))
+                for j in range(vectors):
+                    index = r * vectors + j
+                    current[index] = _fma(builder, scalar, weights[j], current[index])
+        following = [
+            builder.add(k, i64(step)),
+            builder.gep(x_now, [times(x_step, step)]),
+            *[builder.gep(base, [times(w_ld, step)]) for base in w_now],
+            builder.add(asked, times(pace, lines_per_pass)),
+            *current,
+        ]
+        for phi, value in zip(phis, following, strict=True):
+            phi.add_incoming(value, builder.basic_block)
+        builder.branch(head)
+        builder.position_at_end(done)
+        return k, phis[1 : 3 + panels], now_sums
+
+    sums = []
+    for r in range(rows):
+        row = builder.add(start_off, times(start_ld, r))
+        for j in range(vectors):
+            place = builder.gep(start_ptr, [builder.add(row, i64(j * VECTOR_WIDTH))])
+            sums.append(builder.load(builder.bitcast(place, vector.as_pointer())))
+            sums[-1].align = 4
+    whole = builder.and_(depth, i64(-unroll))
+    k, pointers, sums = loop(i64(0), unroll, whole, [x_base, *w_bases, i64(0)], sums)
+    _, _, sums = loop(k, 1, depth, pointers, sums)
+    for r in range(rows):
+        results = sums[r * vectors : (r + 1) * vectors]
+        if epilogue == "swiglu":
+            results = [_swiglu(builder, *results[j : j + 2]) for j in range(0, vectors, PANEL_VECTORS)]
+        for j, value in enumerate(results):
+            offset = builder.add(out_off, builder.add(times(out_ld, r), i64(j * VECTOR_WIDTH)))
+            pointer = builder.bitcast(builder.gep(out_ptr, [offset]), vector.as_pointer())
+            if epilogue == "add":
+                previous = builder.load(pointer)
+                previous.align = 4
+                value = builder.fadd(previous, value)
+            builder.store(value, pointer).align = 4
 
 
 def _row_loop(builder: Any, pointer: Any, length: Any, initial: Any, visit: Any) -> Any:
@@ -382,23 +391,27 @@ exp_in_place = _make_exp_sum(store=True)
 
 
 @intrinsic
-def transpose_block(typing_context, x, offset, stride, out, out_offset):
-    """TILE_ROWS rows of VECTOR_WIDTH float32 in `x`, `stride` apart, to VECTOR_WIDTH rows of TILE_ROWS in `out`.
+def transpose_block(typing_context, x, offset, stride, rows, out, out_offset, out_stride):
+    """`rows` rows of VECTOR_WIDTH float32 in `x`, `stride` apart, to VECTOR_WIDTH rows of `rows` in `out`.
 
-    For machines where TILE_ROWS is at most VECTOR_WIDTH.
-    Rows are exchanged in pairs at distances 1, 2, 4 and so on: at each, the elements on the wrong side of a pair's
-    diagonal change places.
+    For 1 to TILE_ROWS rows, on machines where TILE_ROWS is at most VECTOR_WIDTH. Rows are exchanged in pairs at
+    distances 1, 2, 4 and so on: at each, the elements on the wrong side of a pair's diagonal change places.
     """
 
     def codegen(context, builder, signature, args):
         i32, i64 = ir.IntType(32), ir.IntType(64)
         vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
+        count = args[3]
         source = builder.gep(_data_pointer(context, builder, signature.args[0], args[0]), [args[1]])
-        target = builder.gep(_data_pointer(context, builder, signature.args[3], args[3]), [args[4]])
+        target = builder.gep(_data_pointer(context, builder, signature.args[4], args[4]), [args[5]])
         rows = [ir.Constant(vector, ir.Undefined)] * VECTOR_WIDTH
+        last = builder.sub(count, i64(1))
         for r in range(TILE_ROWS):
-            place = builder.gep(source, [builder.mul(args[2], i64(r))])
-            rows[r] = builder.load(builder.bitcast(place, vector.as_pointer()))
+            # What is past the last row is not stored; the last row is read in its place.
+            row = builder.select(builder.icmp_signed("<", i64(r), count), i64(r), last)
+            rows[r] = builder.load(
+                builder.bitcast(builder.gep(source, [builder.mul(args[2], row)]), vector.as_pointer())
+            )
             rows[r].align = 4
         lanes = range(VECTOR_WIDTH)
 
@@ -414,17 +427,25 @@ def transpose_block(typing_context, x, offset, stride, out, out_offset):
                     a, b, [lane + (VECTOR_WIDTH if lane & distance else distance) for lane in lanes]
                 )
             distance *= 2
+        width = _spread(builder, builder.trunc(count, i32))
+        mask = builder.icmp_signed("<", ir.Constant(width.type, list(lanes)), width)
         for column, value in enumerate(rows):
-            written = 0
-            while written < TILE_ROWS:
-                size = 1 << (TILE_ROWS - written).bit_length() - 1
-                part = chosen(value, value, list(range(written, written + size)))
-                place = builder.gep(target, [i64(column * TILE_ROWS + written)])
-                builder.store(part, builder.bitcast(place, part.type.as_pointer())).align = 4
-                written += size
+            _masked_store(builder, value, builder.gep(target, [builder.mul(args[6], i64(column))]), mask)
         return context.get_dummy_value()
 
-    return types.void(x, types.int64, types.int64, out, types.int64), codegen
+    return types.void(x, types.int64, types.int64, types.int64, out, types.int64, types.int64), codegen
+
+
+@intrinsic
+def ask_for(typing_context, x, index):
+    """Ask for the cache line of `x[index]`, which will be used at once: it goes into the nearest cache."""
+
+    def codegen(context, builder, signature, args):
+        data = _data_pointer(context, builder, signature.args[0], args[0])
+        _prefetch(builder, builder.gep(data, [args[1]]), level=1)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64), codegen
 
 
 @intrinsic
