@@ -5,7 +5,8 @@ reduction order per row): batch invariance is a property of the kernels, not a m
 Arrays are flat (1-D) where a register tile reads them; strides count elements. `panels` are weights packed by
 `pack_weight`: [panels, in_features, PANEL_WIDTH]. What a product reads is stored tile by tile: the rows of a tile side
 by side for each feature, [tiles, features, height], so that a register tile follows one pointer; `tile_height` says how
-many rows that is.
+many rows that is. Loops along a row count in uint64: a signed index might be negative, which Python allows, and the
+compiler would gather elements instead of loading vectors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from isologit.ops.simd import (
     PANEL_WIDTH,
     TILE_ROWS,
     VECTOR_WIDTH,
-    ask_for,
     atomic_add,
     atomic_load,
     exp_in_place,
@@ -293,10 +293,6 @@ def rotate_and_cache(
     while row < last:
         column = slots[row] % PANEL_WIDTH
         count = min(last - row, PANEL_WIDTH - column)
-        for head in range(first_head, last_head):
-            target = (slots[row] // PANEL_WIDTH * num_kv_heads + head) * head_dim * PANEL_WIDTH + column
-            for i in range(head_dim):
-                ask_for(keys, target + i * PANEL_WIDTH)
         for r in range(row, row + count):
             for head in range(first_head * group, last_head * group):
                 rotate_row(qkv, r * stride + head * head_dim, half, cos, sin, positions[r] * half)

@@ -101,13 +101,13 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return _float_intrinsic(builder, "fma", a, b, c)
 
 
-def _prefetch(builder: Any, pointer: Any, *, level: int = 2) -> None:
-    """Ask for a cache line that will be read soon, into the cache of that level; any address is allowed."""
+def _prefetch(builder: Any, pointer: Any) -> None:
+    """Ask for a cache line that will be read soon; any address is allowed."""
     i32, address = ir.IntType(32), ir.IntType(8).as_pointer()
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [address, i32, i32, i32]), "llvm.prefetch.p0"
     )
-    read, keep, data = (ir.Constant(i32, value) for value in (0, 4 - level, 1))
+    read, keep, data = (ir.Constant(i32, value) for value in (0, 2, 1))
     builder.call(function, [builder.bitcast(pointer, address), read, keep, data])
 
 
@@ -434,18 +434,6 @@ def transpose_block(typing_context, x, offset, stride, rows, out, out_offset, ou
         return context.get_dummy_value()
 
     return types.void(x, types.int64, types.int64, types.int64, out, types.int64, types.int64), codegen
-
-
-@intrinsic
-def ask_for(typing_context, x, index):
-    """Ask for the cache line of `x[index]`, which will be used at once: it goes into the nearest cache."""
-
-    def codegen(context, builder, signature, args):
-        data = _data_pointer(context, builder, signature.args[0], args[0])
-        _prefetch(builder, builder.gep(data, [args[1]]), level=1)
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64), codegen
 
 
 @intrinsic
