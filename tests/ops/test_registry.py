@@ -8,8 +8,8 @@ import torch
 from numba import njit
 
 from isologit.ops import cpu
-from isologit.ops.registry import OPS, linear_numba, swiglu_numba
-from isologit.ops.simd import TILE_ROWS, row_max
+from isologit.ops.registry import OPS, linear_numba, packed_product, swiglu_numba
+from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, row_max
 
 PAIRS = [(op.name, provider) for op in OPS.values() for provider in op.providers]
 
@@ -40,8 +40,24 @@ def test_product_rows_do_not_depend_on_the_batch(storage: str) -> None:
     x = torch.randn(40, 130, generator=generator)
     weight = torch.randn(50, 130, generator=generator).to(getattr(torch, storage)).float()
     together = linear_numba(x, weight, storage)
-    for first, last in [(0, 1), (3, 5), (2, 5), (7, 11), (4, 9), (10, 17), (20, 28), (3, 12), (13, 40)]:
-        assert torch.equal(linear_numba(x[first:last], weight, storage), together[first:last])
+    for rows in range(1, 40):  # every height of a tile, and every way of cutting rows into tiles
+        first = 40 - rows if rows % 2 else 0
+        assert torch.equal(linear_numba(x[first : first + rows], weight, storage), together[first : first + rows])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_every_panel_is_computed_once(rows: int) -> None:
+    """However many panels there are for the portions in which threads take them: adding twice would show."""
+    generator = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(rows, 8, generator=generator), torch.randn(300 * PANEL_WIDTH, 8, generator=generator)
+    for panels in (1, 3, 4, 5, 31, 32, 65, 97, 130, 263, 300):
+        part = weight[: panels * PANEL_WIDTH]
+        assert torch.allclose(added(x, part), x @ part.T, atol=1e-4)
+
+
+def added(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product added to zeros, as the residual stream takes it."""
+    return packed_product(x, weight, "float32", cpu.ADD)
 
 
 def test_gated_rows_do_not_depend_on_the_batch() -> None:

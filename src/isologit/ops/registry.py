@@ -36,7 +36,7 @@ def _flat(x: torch.Tensor) -> np.ndarray:
 
 
 def _linear_inputs(generator: torch.Generator) -> Inputs:
-    rows = int(torch.randint(1, 20, (1,), generator=generator))
+    rows = int(torch.randint(1, 40, (1,), generator=generator))
     return {
         "x": torch.randn(rows, 70, generator=generator),
         "weight": torch.randn(45, 70, generator=generator).half().float(),
@@ -50,10 +50,11 @@ def _linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def linear_numba(x: torch.Tensor, weight: torch.Tensor, storage: str = "float32") -> torch.Tensor:
     """One thread's packed product; `weight` must be exact in `storage`."""
-    return _packed_product(x, weight, storage, cpu.STORE)[:, : weight.shape[0]]
+    return packed_product(x, weight, storage, cpu.STORE)[:, : weight.shape[0]]
 
 
-def _packed_product(x: torch.Tensor, weight: torch.Tensor, storage: str, epilogue: int) -> torch.Tensor:
+def packed_product(x: torch.Tensor, weight: torch.Tensor, storage: str, epilogue: int) -> torch.Tensor:
+    """One thread's `linear` with that epilogue into zeros; the columns of whole panels."""
     panels = cpu.pack_weight(weight, storage)
     rows, features = x.shape
     height = cpu.tile_height(rows)
@@ -103,7 +104,7 @@ def rms_norm_numba(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Ten
 
 
 def _swiglu_inputs(generator: torch.Generator) -> Inputs:
-    rows = int(torch.randint(1, 20, (1,), generator=generator))
+    rows = int(torch.randint(1, 40, (1,), generator=generator))
     return {
         "x": torch.randn(rows, 70, generator=generator),
         "gate": torch.randn(45, 70, generator=generator),
@@ -119,7 +120,7 @@ def _swiglu_reference(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> 
 
 def swiglu_numba(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The product with interleaved weights and the activation as its epilogue."""
-    out = _packed_product(x, cpu.interleave_gate_up(gate, up), "float32", cpu.SWIGLU)
+    out = packed_product(x, cpu.interleave_gate_up(gate, up), "float32", cpu.SWIGLU)
     return out[:, : gate.shape[0]]
 
 
