@@ -74,6 +74,7 @@ def main() -> None:
         plan = llm.last_plan
         assert plan is not None
         steps = [asdict(step) for step in llm.step_records]
+        sizes = {name: llm.describe()[name] for name in ("weight_bytes", "step_bytes")}
         runs.append(
             {
                 "seconds": seconds,
@@ -81,7 +82,7 @@ def main() -> None:
                 "predicted_steps": plan.predicted_steps,
                 "predicted_s": plan.predicted_seconds,
                 "output_tokens": sum(len(o.token_ids) for o in outputs),
-                **profile(steps, llm.phase_seconds(), config, llm.describe()["weight_bytes"], limits),
+                **profile(steps, llm.phase_seconds(), config, limits, **sizes),
             }
         )
         print(json.dumps(runs[-1]), flush=True)

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from isologit import LLM, GenerationRequest, RequestOutput, SamplingParams
 from isologit.engine.loop import LAST_TOKEN
 from isologit.errors import ConfigError, ModelError, RequestError
+from isologit.ops.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH
 
 VOCAB = 300
 SHAPES = {
@@ -304,3 +305,50 @@ def test_biases_are_refused_not_ignored(name: str, tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="biases"):
         LLM(tmp_path)
+
+
+def test_tokens_without_whole_logits_are_those_of_whole_logits(model: tuple[Path, LlamaForCausalLM]) -> None:
+    """Steps that only choose use bytes of the last product, where the CPU can."""
+    folder, _ = model
+    prompts, sampling = workload(20, seed=4)
+    chosen = LLM(folder).generate(prompts, sampling)
+    prompts, sampling = workload(20, seed=4, return_logits=True)
+    whole = LLM(folder).generate(prompts, sampling)
+    assert [output.token_ids for output in chosen] == [output.token_ids for output in whole]
+
+
+@pytest.mark.parametrize("hold_s", [0.0, 1e9])
+def test_outputs_with_captured_rows_wait_for_others_but_not_long(
+    model: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, hold_s: float
+) -> None:
+    monkeypatch.setattr("isologit.engine.loop._LONGEST_HOLD_S", hold_s)
+    llm = LLM(model[0], max_num_seqs=1)
+    requests = [
+        GenerationRequest(name, [1, 4, 9], SamplingParams(max_tokens=5, ignore_eos=True), capture=frozenset({0}))
+        for name in "abc"
+    ]
+    steps_before = {output.request_id: len(llm.step_records) for output in llm.run(requests)}
+    assert list(steps_before) == list("abc")
+    assert list(steps_before.values()) == ([15, 15, 15] if hold_s else [5, 10, 15])
+
+
+@pytest.mark.skipif(not HAS_BYTE_PRODUCTS, reason="this CPU multiplies no bytes, so the whole product is always taken")
+def test_bounds_that_leave_too_much_open_are_not_used_for_a_while(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=400 * PANEL_WIDTH,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lost = LlamaForCausalLM(config)
+    torch.nn.init.constant_(lost.lm_head.weight, 0.5)  # all logits are equal
+    lost.save_pretrained(tmp_path)
+    llm = LLM(tmp_path)
+    outputs = llm.generate([{"prompt_token_ids": [1, 5]}], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert outputs[0].token_ids == [0, 0, 0]
+    assert llm._model._steps_without_bounds > 0
+    with torch.no_grad():
+        lost.lm_head.weight.normal_()
+    lost.save_pretrained(tmp_path)
+    llm = LLM(tmp_path)
+    llm.generate([{"prompt_token_ids": [1, 5]}], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert llm._model._steps_without_bounds == 0

@@ -343,6 +343,7 @@ class LLM:
             "compute_dtype": "float32",
             "weights_dtype": self._model.storage,
             "weight_bytes": self._model.weight_bytes(),
+            "step_bytes": self._model.step_bytes(),
             "block_size": self._model.block_size,
             "num_kv_blocks": self._num_kv_blocks,
             "kv_bytes": self._num_kv_blocks * self._kv_bytes_per_block(),

@@ -13,7 +13,7 @@ from tests.engine.test_scheduler import VOCAB, ask, assert_same_as_alone, make, 
 from isologit.engine.draft_model import DraftModelProposer
 from isologit.engine.request import GenerationRequest, Sequence
 from isologit.errors import ConfigError
-from isologit.model.batch import FlatBatch
+from isologit.model.batch import FlatBatch, StepOutput
 
 BLOCK_SIZE = 2
 
@@ -33,7 +33,7 @@ class ToyDraft:
     num_rows: int = 0
     most_rows: int = 0
 
-    def forward(self, batch: FlatBatch) -> tuple[np.ndarray, np.ndarray]:
+    def forward(self, batch: FlatBatch) -> StepOutput:
         prefixes: list[tuple[int, ...]] = []
         for number, (first, count, position) in enumerate(batch.sequences.tolist()):
             table = batch.block_tables[number]
@@ -51,7 +51,10 @@ class ToyDraft:
         chosen = [draft_choice(prefixes[row]) for row in batch.logits_rows]
         if self.num_rows > self.fails_after:
             chosen = [-1] * len(chosen)
-        return np.zeros((len(chosen), VOCAB), np.float32), np.array(chosen, np.int64)
+        return StepOutput(np.array(chosen, np.int64), np.zeros((len(chosen), 1), np.float32), None)
+
+    def project(self, final: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
 
 
 class Checked(DraftModelProposer):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from isologit.config import ModelConfig
-from isologit.job.profile import PRODUCTS, MachineLimits, profile
+from isologit.job.profile import LAYER_PRODUCTS, MachineLimits, profile
 
 CONFIG = ModelConfig.from_preset("llama-110m")
 
@@ -21,14 +21,15 @@ def step(start: float, end: float, tokens: int, logits: int) -> dict[str, Any]:
 
 def test_shares_sum_to_one_and_rates_follow() -> None:
     steps = [step(0.0, 1.0, 100, 50), step(1.0, 2.0, 1, 1)]
-    phases = dict.fromkeys(PRODUCTS, 0.2) | {"attention": 0.3, "elementwise": 0.2, "argmax": 0.1}
-    found = profile(steps, phases, CONFIG, 10**9, MachineLimits(1e12, 1e10))
+    phases = dict.fromkeys(LAYER_PRODUCTS, 0.2) | {"head": 0.2, "attention": 0.3, "elementwise": 0.2, "argmax": 0.1}
+    found = profile(steps, phases, CONFIG, MachineLimits(1e12, 1e10), weight_bytes=10**9, step_bytes=9 * 10**8)
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert found["shares"]["products"] == pytest.approx(0.5)
     assert found["shares"]["sampling"] == pytest.approx(0.06)
     assert found["host_share"] == pytest.approx(0.2)
-    assert found["product_gflops"] == pytest.approx((CONFIG.product_flop(100, 50) + CONFIG.product_flop(1, 1)) / 1e9)
+    in_layers = CONFIG.product_flop(100, 50) + CONFIG.product_flop(1, 1) - 51 * 2 * 768 * 32000
+    assert found["product_gflops"] == pytest.approx(in_layers / 0.8 / 1e9)
     assert found["narrow_steps"] == 1
-    assert found["narrow_step_gb_per_s"] == pytest.approx(1 / 0.9)
+    assert found["narrow_step_gb_per_s"] == pytest.approx(0.9 / 0.9)
     assert found["limit_s"] == pytest.approx(0.1 + 0.1)
     assert found["limit_over_time"] == pytest.approx(0.1)

@@ -18,6 +18,7 @@ from isologit.engine.sampler import choose_token, needs_row, top_logprobs
 from isologit.engine.scheduler import ScheduledSequence, Scheduler
 from isologit.errors import IsologitError
 
+_LONGEST_HOLD_S = 0.5  # for the output of a request that has captured rows
 LAST_TOKEN = -1  # in `GenerationRequest.capture`: the row of whatever output token turns out to be the last
 
 
@@ -37,7 +38,8 @@ class StepRecord:
     """What one step did and how long its parts took, in seconds; `start_s` and `end_s` count from the start of the run.
 
     execute_s: building the batch and the model's step. sample_s: choosing tokens beyond the model's own argmax.
-    capture_s: copying logits rows that were asked for.
+    capture_s: keeping what the request asked for; the rows that are captured are made in a product, which is the
+    model's time.
     """
 
     start_s: float
@@ -67,7 +69,7 @@ class _Progress:
     """What a running request has gathered besides its tokens."""
 
     rng: np.random.Generator
-    captured: dict[int, np.ndarray]
+    captured: dict[int, np.ndarray]  # float32 [hidden], from which the logits are made
     logits: list[np.ndarray]
     logprobs: list[dict[int, float]]
 
@@ -94,6 +96,8 @@ class EngineLoop:
         self._raw_logits = raw_logits
         self._zero_s = zero_s
         self._num_added = 0
+        self._held: list[RequestOutput] = []  # finished, their captured rows not yet made
+        self._held_since = 0.0
         self._progress: dict[str, _Progress] = {}
 
     def now(self) -> float:
@@ -114,7 +118,11 @@ class EngineLoop:
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request; its blocks come back at once. None if it is not here."""
         seq = self.scheduler.abort(request_id)
-        return None if seq is None else self._hand_out([seq])[0]
+        if seq is None:
+            return None
+        outputs = self._hand_out([seq])
+        self._fill_captured(outputs)
+        return outputs[0]
 
     @property
     def gains(self) -> list[Gain]:
@@ -138,8 +146,8 @@ class EngineLoop:
         return lost
 
     def has_work(self) -> bool:
-        """Whether any request is waiting or running."""
-        return self.scheduler.has_work()
+        """Whether any request is waiting, running, or finished and not handed out."""
+        return self.scheduler.has_work() or bool(self._held)
 
     def step(self) -> list[RequestOutput]:
         """One step of the model; returns the requests that finished in it."""
@@ -148,7 +156,7 @@ class EngineLoop:
         scheduled = self.now()
         self._gained = []
         if plan is None:
-            return self._hand_out(self.scheduler.take_finished())
+            return self._deliver(self.scheduler.take_finished())
         for scheduled_seq in plan.sequences:
             if scheduled_seq.seq.scheduled_s is None:
                 scheduled_seq.seq.scheduled_s = scheduled
@@ -174,6 +182,7 @@ class EngineLoop:
                 accepted += max(0, scheduled_seq.num_accepted - 1)
         collected = self.now()
         finished += self._finish_by_stop_string(plan.sequences)
+        outputs = self._deliver(finished)
         self.step_records.append(
             StepRecord(
                 start,
@@ -189,7 +198,7 @@ class EngineLoop:
                 accepted,
             )
         )
-        return self._hand_out(finished)
+        return outputs
 
     def _choose(self, scheduled: ScheduledSequence, result: StepResult, row: int) -> list[int]:
         count = scheduled.num_logits
@@ -230,18 +239,19 @@ class EngineLoop:
         if not (request.capture or params.return_logits or params.logprobs is not None):
             return
         progress = self._progress[request.request_id]
+        final = result.output.final
         for i in range(scheduled.num_accepted):
-            index, values = first_index + i, result.logits[row + i]
+            index = first_index + i
             if index in request.capture:
-                progress.captured[index] = values.copy()
+                progress.captured[index] = final[row + i].copy()
             if params.return_logits:
-                progress.logits.append(values.copy())
+                progress.logits.append(result.logits[row + i].copy())
             if params.logprobs is not None:
                 token = seq.token_ids[seq.num_prompt_tokens + index]
                 normaliser = 0.0 if normalisers is None else float(normalisers[row + i])
-                progress.logprobs.append(top_logprobs(values, token, params.logprobs, normaliser))
+                progress.logprobs.append(top_logprobs(result.logits[row + i], token, params.logprobs, normaliser))
         if LAST_TOKEN in request.capture and seq.finish_reason is not None:
-            progress.captured[seq.num_output_tokens - 1] = result.logits[row + scheduled.num_accepted - 1].copy()
+            progress.captured[seq.num_output_tokens - 1] = final[row + scheduled.num_accepted - 1].copy()
 
     def _finish_by_stop_string(self, sequences: list[ScheduledSequence]) -> list[Sequence]:
         stopped = []
@@ -256,6 +266,30 @@ class EngineLoop:
                 self.scheduler.finish(seq, "stop", hit)
                 stopped.append(seq)
         return stopped
+
+    def _deliver(self, finished: list[Sequence]) -> list[RequestOutput]:
+        """Outputs to return now. Captured rows are made for many requests together, as each time costs a pass over the
+        last product's weights; so their outputs may have to wait for others.
+        """
+        outputs = self._hand_out(finished)
+        ready = [output for output in outputs if not output.captured]
+        if len(ready) < len(outputs):
+            if not self._held:
+                self._held_since = self.now()
+            self._held += [output for output in outputs if output.captured]
+        if self._held and (not self.scheduler.has_work() or self.now() - self._held_since > _LONGEST_HOLD_S):
+            self._fill_captured(self._held)
+            ready += self._held
+            self._held = []
+        return ready
+
+    def _fill_captured(self, outputs: list[RequestOutput]) -> None:
+        """Replace what the last product reads by the logits that it makes of it."""
+        finals = [final for output in outputs for final in output.captured.values()]
+        if finals:
+            rows = iter(self.runner.model.project(np.stack(finals)))
+            for output in outputs:
+                output.captured.update((index, next(rows)) for index in output.captured)
 
     def _hand_out(self, finished: list[Sequence]) -> list[RequestOutput]:
         """NOTE: what these requests hold here goes only once all outputs exist, so that `drop_running` finds them."""

@@ -7,8 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
-from isologit.engine.scheduler import StepPlan
-from isologit.model.batch import FlatBatch
+from isologit.engine.sampler import needs_row
+from isologit.engine.scheduler import ScheduledSequence, StepPlan
+from isologit.model.batch import FlatBatch, StepOutput
 
 
 class StepModel(Protocol):
@@ -16,20 +17,44 @@ class StepModel(Protocol):
 
     block_size: int
 
-    def forward(self, batch: FlatBatch) -> tuple[np.ndarray, np.ndarray]:
-        """(logits float32 [R, vocab], argmax int64 [R]) of one step; views valid until the next call."""
+    def forward(self, batch: FlatBatch) -> StepOutput:
+        """One step; its arrays are views, valid until the next call."""
+
+    def project(self, final: np.ndarray) -> np.ndarray:
+        """Logits float32 [n, vocab] of rows of `StepOutput.final`."""
 
     def log_normalisers(self, rows: int) -> np.ndarray:
-        """log(sum(exp(logits))) of the first rows of the last step, float64 [rows]."""
+        """log(sum(exp(logits))) of the first rows of the last step, whose logits were wanted, float64 [rows]."""
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Rows of one step. `first_rows[i]` is the first logits row of the plan's i-th sequence."""
 
-    logits: np.ndarray  # float32 [R, vocab]
-    argmax: np.ndarray  # int64 [R]
+    output: StepOutput
     first_rows: list[int]
+
+    @property
+    def argmax(self) -> np.ndarray:
+        """int64 [R]."""
+        return self.output.argmax
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 [R, vocab]; of a step whose logits were wanted."""
+        assert self.output.logits is not None
+        return self.output.logits
+
+
+def _wants_logits(scheduled: ScheduledSequence) -> bool:
+    """Whether this step must give the sequence's logits, beyond the index of the largest."""
+    seq = scheduled.seq
+    params = seq.request.params
+    if not scheduled.num_logits:
+        return False
+    if params.return_logits or params.logprobs is not None:
+        return True
+    return seq.forced_tokens is None and needs_row(params, seq.num_output_tokens)
 
 
 class Runner:
@@ -42,8 +67,7 @@ class Runner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step of the model."""
         batch, first_rows = self.build(plan)
-        logits, argmax = self.model.forward(batch)
-        return StepResult(logits, argmax, first_rows)
+        return StepResult(self.model.forward(batch), first_rows)
 
     def log_normalisers(self, result: StepResult) -> np.ndarray:
         """What a row's logits exceed its log-probabilities by, float64 [R]; of the last step only."""
@@ -92,5 +116,6 @@ class Runner:
             sequences=sequences,
             block_tables=block_tables,
             logits_rows=np.asarray(logits_rows, np.int64),
+            whole_logits=any(_wants_logits(scheduled) for scheduled in plan.sequences),
         )
         return batch, first_rows

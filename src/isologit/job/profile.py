@@ -12,7 +12,7 @@ import torch
 
 from isologit.config import ModelConfig
 
-PRODUCTS = ("qkv", "output", "gate_up", "down", "head")
+LAYER_PRODUCTS = ("qkv", "output", "gate_up", "down")
 _NARROW_ROWS = 2  # steps of so few rows do little else than stream the weights
 
 
@@ -58,24 +58,28 @@ def profile(
     steps: Sequence[Mapping[str, Any]],
     phase_seconds: Mapping[str, float],
     config: ModelConfig,
-    weight_bytes: int,
     limits: MachineLimits,
+    *,
+    weight_bytes: int,
+    step_bytes: int,
 ) -> dict[str, Any]:
     """Shares of the steps' time (they sum to 1), achieved rates, and the limits.
 
-    steps: the records of one segment. phase_seconds: what the model booked in it. limit_over_time compares with the
-    roofline of each step (Williams et al. 2009): the larger of its products at the product rate and one pass over the
-    weights at the streaming rate.
+    steps: the records of one segment. phase_seconds: what the model booked in it. weight_bytes: of all products.
+    step_bytes: what a step reads of them, with the bytes that may stand for the last one. product_gflops leaves the
+    last product out, as most logits need not be computed. limit_over_time compares with the roofline of each step
+    (Williams et al. 2009): the larger of its products, the whole last one among them, at the product rate and one pass
+    over the weights at the streaming rate.
     """
 
     def total(name: str) -> float:
         return float(sum(step[name] for step in steps))
 
     busy = sum(step["end_s"] - step["start_s"] for step in steps)
-    products = sum(phase_seconds[name] for name in PRODUCTS)
+    in_layers = sum(phase_seconds[name] for name in LAYER_PRODUCTS)
     model = sum(phase_seconds.values())
     parts = {
-        "products": products,
+        "products": in_layers + phase_seconds["head"],
         "attention": phase_seconds["attention"],
         "elementwise": phase_seconds["elementwise"],
         "sampling": phase_seconds["argmax"] + total("sample_s"),
@@ -84,15 +88,16 @@ def profile(
     parts["scheduler"] = busy - model - total("sample_s") - parts["capture"]
     work = [config.product_flop(step["num_tokens"], step["num_logits"]) for step in steps]
     floor = sum(max(flop / limits.flops, weight_bytes / limits.bytes_per_s) for flop in work)
+    last_flop = 2 * config.hidden_size * config.vocab_size * sum(step["num_logits"] for step in steps)
     narrow = [step["execute_s"] for step in steps if step["num_tokens"] <= _NARROW_ROWS]
     return {
         "seconds": parts,
         "shares": {name: seconds / busy for name, seconds in parts.items()},
         "host_share": (busy - model) / busy,
-        "product_gflops": sum(work) / products / 1e9,
+        "product_gflops": (sum(work) - last_flop) / in_layers / 1e9,
         "machine_product_gflops": limits.flops / 1e9,
         "narrow_steps": len(narrow),
-        "narrow_step_gb_per_s": weight_bytes / float(np.median(narrow)) / 1e9 if narrow else None,
+        "narrow_step_gb_per_s": step_bytes / float(np.median(narrow)) / 1e9 if narrow else None,
         "machine_gb_per_s": limits.bytes_per_s / 1e9,
         "limit_s": floor,
         "limit_over_time": floor / busy,

@@ -230,7 +230,8 @@ class _Job:
         self.observer.stage("measuring the machine")
         with torch_threads(engine.num_threads):
             limits = measure_limits()
-        return profile(steps, phases, engine.config, facts["weight_bytes"], limits)
+        sizes = {name: facts[name] for name in ("weight_bytes", "step_bytes")}
+        return profile(steps, phases, engine.config, limits, **sizes)
 
     @contextmanager
     def _timed(self, field: str, stage: str) -> Iterator[None]:

@@ -16,7 +16,8 @@ class FlatBatch:
     token_ids, positions: int64 [T]. slots: int64 [T], where the token's keys and values go (block id * block size +
     offset). sequences: int64 [S, 3], first row, number of rows and first position of each sequence. block_tables:
     int64 [S, max blocks], block ids by sequence. logits_rows: int64 [R], ascending, rows whose logits are wanted: of
-    each sequence none or its last ones.
+    each sequence none or its last ones. whole_logits: whether the logits themselves are wanted, or the largest one's
+    index is enough.
     """
 
     token_ids: np.ndarray
@@ -25,6 +26,7 @@ class FlatBatch:
     sequences: np.ndarray
     block_tables: np.ndarray
     logits_rows: np.ndarray
+    whole_logits: bool = False
 
     def attention_work(
         self, tokens_per_tile: int, num_kv_heads: int, num_threads: int, *, logits_only: bool = False
@@ -62,6 +64,19 @@ class FlatBatch:
             [first[unit], last[unit], part * num_kv_heads // parts, (part + 1) * num_kv_heads // parts], axis=1
         )
         return AttentionWork(tiles, items, self.sequences[~alone])
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step gives for its R logits rows.
+
+    argmax: int64 [R], index of the largest logit, the lowest on ties, -1 where there is NaN. final: float32
+    [R, hidden], from which the last product makes the logits. logits: float32 [R, vocab] if they were wanted.
+    """
+
+    argmax: np.ndarray
+    final: np.ndarray
+    logits: np.ndarray | None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from numba import njit
 
 from isologit.config import ModelConfig
 from isologit.errors import ModelError
-from isologit.model.batch import FlatBatch
+from isologit.model.batch import FlatBatch, StepOutput
 from isologit.model.rope import rope_inv_freq
 from isologit.ops.cpu import (
     ADD,
@@ -27,6 +27,7 @@ from isologit.ops.cpu import (
     SCRATCH_SIZE,
     STORE,
     SWIGLU,
+    ZEROS,
     argmax_row,
     attention_tile,
     barrier,
@@ -36,13 +37,17 @@ from isologit.ops.cpu import (
     pack_tile,
     pack_weight,
     panel_count,
+    rms_norm_row,
     rms_norm_tile,
     rotate_and_cache,
     tile_height,
 )
-from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH, atomic_add, monotonic_ns
+from isologit.ops.shortlist import NOT_PICKED, bound_panels, pack_byte_head, pick_row, quantise_row
+from isologit.ops.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH, atomic_add, monotonic_ns
 
 _LONGEST_GOODBYE_S = 5.0  # for a thread that is still in a step
+_PAYING_PANELS = 20  # computed for each row, and a quarter of all once: so many cost less than the whole product
+_PAUSE_STEPS = 64  # without bounds after a step that computed more
 _COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, attention, output, gate-up, down
 
 # What the step's time is booked under, in the order of `LlamaCPU.phase_ns`.
@@ -80,13 +85,13 @@ def _step(
     thread, num_threads, sync, counters,
     token_ids, positions, slots, tiles, items, written_first, last_tiles, last_items, last_written_first,
     block_tables, logits_rows,
-    embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down, w_head,
-    num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab, value_width, eps, cos, sin, keys, values,
+    embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down,
+    num_heads, num_kv_heads, head_dim, hidden, intermediate, value_width, eps, cos, sin, keys, values,
     residual, normed, qkv, attended, packed, gated, kept_residual, kept_attended,
     query_scratch, score_scratch, weight_scratch, sum_scratch, row_scratch, offset_scratch,
-    logits, chosen, clock,
+    final, clock,
 ):  # fmt: skip
-    """Forward pass of T flat tokens by `num_threads` threads. Fills `logits` [R, padded vocab] and `chosen` [R].
+    """Forward pass of T flat tokens by `num_threads` threads. Fills `final` [R, hidden], what the last product reads.
 
     tiles, items, written_first: the attention's work as `FlatBatch.attention_work` gives it. In the last layer only the
     rows in `logits_rows` go on: last_* is that layer's work, kept_* hold its rows.
@@ -213,20 +218,70 @@ def _step(
         counter += COUNTER_STRIDE
     barrier(sync, num_threads)
     _book(thread, clock, _DOWN)
-    logits_flat = logits.reshape(-1)
-    _norm_rows(
-        thread, num_threads, residual_flat, stride, rows, final_gain, hidden, eps,
-        normed, height, offsets, sums, scratch,
-    )  # fmt: skip
+    final_flat = final.reshape(-1)
+    for r in range(thread, rows, num_threads):
+        rms_norm_row(residual_flat, r * stride, final_gain, hidden, eps, final_flat, r * hidden)
+    barrier(sync, num_threads)
+    _book(thread, clock, _ELEMENTWISE)
+
+
+@njit(nogil=True, cache=True)
+def _choose(
+    thread, num_threads, sync, counters, final, w_head, vocab, byte_weights, byte_columns, bytes_, byte_words,
+    rows_to_take, factors, tops, row_tops, row_scratch, offset_scratch, chosen, clock,
+):  # fmt: skip
+    """Index of the largest logit of each row of `final` [R, hidden], without the whole product; NOT_PICKED for some."""
+    rows, hidden = final.shape
+    height = tile_height(rows)
+    final_flat = final.reshape(-1)
+    if thread == 0:
+        clock[-1] = monotonic_ns()
+    for top in range(thread * height, rows, num_threads * height):
+        for r in range(top, min(rows, top + height)):
+            place = (top * hidden // 4 + (r - top)) * 4
+            chosen[r] = 0
+            if not quantise_row(final_flat, r * hidden, hidden, bytes_, place, height, rows_to_take, factors, r):
+                chosen[r] = NOT_PICKED
+    barrier(sync, num_threads)
+    _book(thread, clock, _ELEMENTWISE)
+    bound_panels(byte_words, height, rows, byte_weights, byte_columns, rows_to_take, factors, tops, counters, 0)
+    barrier(sync, num_threads)
+    _book(thread, clock, _HEAD)
+    row = atomic_add(counters, COUNTER_STRIDE, 1)
+    while row < rows:
+        if chosen[row] != NOT_PICKED:
+            chosen[row], panels = pick_row(
+                final_flat, row, rows, w_head, vocab, tops, row_tops[thread],
+                row_scratch[thread], ZEROS, offset_scratch[thread],
+            )  # fmt: skip
+            atomic_add(counters, 2 * COUNTER_STRIDE, panels)
+        row = atomic_add(counters, COUNTER_STRIDE, 1)
+    barrier(sync, num_threads)
+    _book(thread, clock, _ARGMAX)
+
+
+@njit(nogil=True, cache=True)
+def _project(
+    thread, num_threads, sync, counters, final, w_head, vocab, normed, row_scratch, offset_scratch, logits, chosen,
+    clock,
+):  # fmt: skip
+    """Logits [R, padded vocab] of rows of `final` [R, hidden], and the index of the largest in each."""
+    rows, hidden = final.shape
+    height = tile_height(rows)
+    final_flat, logits_flat = final.reshape(-1), logits.reshape(-1)
+    if thread == 0:
+        clock[-1] = monotonic_ns()
+    for top in range(thread * height, rows, num_threads * height):
+        pack_tile(final_flat, top * hidden, hidden, min(height, rows - top), hidden, normed, top * hidden, height)
     barrier(sync, num_threads)
     _book(thread, clock, _ELEMENTWISE)
     linear(
         normed, height, hidden, rows, hidden, w_head, logits_flat, logits.shape[1], STORE,
-        scratch, offsets, counters, counter,
+        row_scratch[thread], offset_scratch[thread], counters, 0,
     )  # fmt: skip
     barrier(sync, num_threads)
     _book(thread, clock, _HEAD)
-    for i in range(thread, num_logits, num_threads):
+    for i in range(thread, rows, num_threads):
         chosen[i] = argmax_row(logits_flat, i * logits.shape[1], vocab)
     barrier(sync, num_threads)
     _book(thread, clock, _ARGMAX)
@@ -308,6 +363,7 @@ class LlamaCPU:
         self.max_model_len = max_model_len
         self._crew = _Crew(num_threads)
         self._clock = np.zeros(len(PHASES) + 1, np.int64)
+        self._steps_without_bounds = 0
         self._load(tensors)
         angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), rope_inv_freq(config))
         self._cos, self._sin = angles.cos().numpy().reshape(-1), angles.sin().numpy().reshape(-1)
@@ -354,11 +410,17 @@ class LlamaCPU:
         self._embedding = embedding.float().numpy()
         head = embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
         self._w_head = pack_weight(head, storage)
+        self._byte_head = pack_byte_head(head) if HAS_BYTE_PRODUCTS else None
 
     def weight_bytes(self) -> int:
-        """Bytes one step streams: every packed product weight once."""
+        """Bytes of all product weights."""
         arrays = (self._w_qkv, self._w_out, self._w_gate_up, self._w_down, self._w_head)
         return sum(array.nbytes for array in arrays)
+
+    def step_bytes(self) -> int:
+        """Bytes of them that a step reads, if it chooses tokens by the bytes of the last product."""
+        saved = self._w_head.nbytes - self._byte_head.nbytes if self._byte_head is not None else 0
+        return self.weight_bytes() - saved
 
     def kv_bytes_per_block(self) -> int:
         """Bytes of keys and values of one block over all layers."""
@@ -409,36 +471,86 @@ class LlamaCPU:
         self._score_scratch = np.zeros((self.num_threads, tile_rows, context), np.float32)
         self._weight_scratch = np.zeros((self.num_threads, tile_rows * context), np.float32)
         self._sum_scratch = np.zeros((self.num_threads, max(tile_rows, TILE_ROWS)), np.float32)
-        self._counters = np.zeros(COUNTER_STRIDE * (_COUNTERS_PER_LAYER * c.num_hidden_layers + 2), np.int64)
+        self._counters = np.zeros(COUNTER_STRIDE * (_COUNTERS_PER_LAYER * c.num_hidden_layers + 3), np.int64)
+        self._final = np.zeros((tokens, c.hidden_size), np.float32)
         self._logits = np.zeros((0, self._w_head.shape[0] * PANEL_WIDTH), np.float32)
+        if self._byte_head is not None:
+            self._final_bytes = np.zeros(tiled * c.hidden_size, np.int8)
+            self._rows_to_take = np.zeros(tokens, np.int32)
+            self._factors = np.zeros((tokens, 3), np.float32)
+            self._tops = np.zeros(tokens * self._w_head.shape[0], np.float32)
+            self._row_tops = np.zeros((self.num_threads, _round_up(self._w_head.shape[0], TILE_ROWS)), np.float32)
 
-    def forward(self, batch: FlatBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Run one step; returns (logits float32 [R, vocab], argmax int64 [R]), views valid until the next step."""
+    def forward(self, batch: FlatBatch) -> StepOutput:
+        """Run one step; what is returned are views, valid until the next call of this object."""
         c = self.config
-        rows = batch.logits_rows.shape[0]
-        if rows > self._logits.shape[0]:
-            self._logits = np.zeros((rows, self._logits.shape[1]), np.float32)
-        tokens = batch.token_ids.shape[0]
-        chosen = np.empty(rows, np.int64)
+        rows, tokens = batch.logits_rows.shape[0], batch.token_ids.shape[0]
         work = batch.attention_work(self.tile_tokens, c.num_key_value_heads, self.num_threads)
         last = work
         if rows < tokens:
             last = batch.attention_work(self.tile_tokens, c.num_key_value_heads, self.num_threads, logits_only=True)
-        self._counters[:] = 0
-        self._crew.run(
-            _step, np.zeros(COUNTER_STRIDE, np.int64), self._counters,
+        final = self._final[:rows]
+        self._run(
+            _step,
             batch.token_ids, batch.positions, batch.slots, work.tiles, work.items, work.written_first,
             last.tiles, last.items, last.written_first, batch.block_tables, batch.logits_rows,
             self._embedding, self._input_gains, self._post_gains, self._final_gain,
-            self._w_qkv, self._w_out, self._w_gate_up, self._w_down, self._w_head,
-            c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size, c.vocab_size,
+            self._w_qkv, self._w_out, self._w_gate_up, self._w_down,
+            c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size,
             self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,
             self._residual[:tokens], self._normed, self._qkv[:tokens], self._attended[:tokens], self._packed,
             self._gated, self._kept_residual, self._kept_attended, self._query_scratch, self._score_scratch,
-            self._weight_scratch, self._sum_scratch, self._row_scratch, self._offset_scratch, self._logits,
-            chosen, self._clock,
+            self._weight_scratch, self._sum_scratch, self._row_scratch, self._offset_scratch, final, self._clock,
         )  # fmt: skip
-        return self._logits[:rows, : c.vocab_size], chosen
+        if batch.whole_logits:
+            logits, chosen = self._whole_rows(final)
+            return StepOutput(chosen, final, logits)
+        return StepOutput(self._choose(final), final, None)
+
+    def project(self, final: np.ndarray) -> np.ndarray:
+        """Logits float32 [n, vocab] of n rows of `StepOutput.final`, bit for bit those of their own steps."""
+        logits = np.empty((len(final), self.config.vocab_size), np.float32)
+        for first in range(0, len(final), len(self._final)):
+            part = slice(first, first + len(self._final))
+            logits[part] = self._whole_rows(final[part])[0]
+        return logits
+
+    def _choose(self, final: np.ndarray) -> np.ndarray:
+        """Index of the largest logit of each row, int64 [R]."""
+        byte_head = self._byte_head
+        if byte_head is None or self._steps_without_bounds:
+            self._steps_without_bounds = max(0, self._steps_without_bounds - 1)
+            return self._whole_rows(final)[1]
+        chosen = np.empty(len(final), np.int64)
+        self._run(
+            _choose, final, self._w_head, self.config.vocab_size, byte_head.weights, byte_head.columns,
+            self._final_bytes, self._final_bytes.view(np.int32), self._rows_to_take, self._factors, self._tops,
+            self._row_tops, self._row_scratch, self._offset_scratch, chosen, self._clock,
+        )  # fmt: skip
+        num_panels = len(self._w_head)
+        if self._counters[2 * COUNTER_STRIDE] > num_panels // 4 + _PAYING_PANELS * len(final):
+            self._steps_without_bounds = _PAUSE_STEPS
+        open_rows = np.flatnonzero(chosen == NOT_PICKED)
+        if len(open_rows):
+            chosen[open_rows] = self._whole_rows(final[open_rows])[1]
+        return chosen
+
+    def _whole_rows(self, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits float32 [R, vocab], and the index of the largest, int64 [R]; -1 where there is NaN."""
+        rows = len(final)
+        if rows > self._logits.shape[0]:
+            self._logits = np.zeros((rows, self._logits.shape[1]), np.float32)
+        chosen = np.empty(rows, np.int64)
+        self._run(
+            _project, final, self._w_head, self.config.vocab_size, self._normed, self._row_scratch,
+            self._offset_scratch, self._logits, chosen, self._clock,
+        )  # fmt: skip
+        return self._logits[:rows, : self.config.vocab_size], chosen
+
+    def _run(self, function: Any, *args: Any) -> None:
+        """`function` on all threads, its barrier and its counters at zero."""
+        self._counters[:] = 0
+        self._crew.run(function, np.zeros(COUNTER_STRIDE, np.int64), self._counters, *args)
 
     def log_normalisers(self, rows: int) -> np.ndarray:
         """log(sum(exp(logits))) of the first `rows` rows of the last step, float64 [rows]."""

@@ -124,6 +124,15 @@ def rms_norm_tile(x, offsets, rows, gain, size, eps, out, out_offset, height, sc
 
 
 @njit(nogil=True)
+def rms_norm_row(x, offset, gain, size, eps, out, out_offset):
+    """Norm of one row, with the same arithmetic as `rms_norm_tile`."""
+    scale = _norm_scale(x, offset, size, eps)
+    source, target = np.uint64(offset), np.uint64(out_offset)
+    for i in range(np.uint64(size)):
+        out[target + i] = x[source + i] * scale * gain[i]
+
+
+@njit(nogil=True)
 def pack_tile(x, x_offset, x_stride, rows, size, out, out_offset, height):
     """Rows of `x` stored as one tile of `out`."""
     if height == 1:
@@ -158,6 +167,20 @@ _swiglu_2x2 = make_tile_product((2,), "swiglu", panels=2)
 
 
 @njit(nogil=True)
+def panel_portion(claim, num_panels, least):
+    """First and last + 1 of the panels that the `claim`-th claim gets; past the last panel there are none.
+
+    The last ones are taken `least` at a time, so that the threads end together.
+    """
+    chunk = max(least, min(8, num_panels // 32))
+    num_chunks = (num_panels - num_panels // 16) // chunk
+    if claim < num_chunks:
+        return claim * chunk, (claim + 1) * chunk
+    first = num_chunks * chunk + (claim - num_chunks) * least
+    return first, min(num_panels, first + least)
+
+
+@njit(nogil=True)
 def linear(
     x, height, x_features, rows, in_features, panels, out, out_stride, epilogue, scratch, offsets, counters, counter
 ):
@@ -177,16 +200,8 @@ def linear(
     pace = -(-line * height // max(1, rows))
     asked_by_tile = in_features * PANEL_WIDTH * pace // line
     side_by_side = 4 if rows == 1 else 2 if rows == 2 else 1
-    # NOTE: the last panels are taken a few at a time, so that the threads end together.
-    chunk = max(side_by_side, min(8, num_panels // 32))
-    num_chunks = (num_panels - num_panels // 16) // chunk
     while True:
-        claim = atomic_add(counters, counter, 1)
-        panel = claim * chunk
-        last = panel + chunk
-        if claim >= num_chunks:
-            panel = num_chunks * chunk + (claim - num_chunks) * side_by_side
-            last = min(num_panels, panel + side_by_side)
+        panel, last = panel_portion(atomic_add(counters, counter, 1), num_panels, side_by_side)
         if panel >= num_panels:
             break
         while panel < last:
@@ -395,7 +410,7 @@ def _scores(
                 scores, column, scores_stride, rows,
             )  # fmt: skip
         else:
-            _dot_short(
+            dot_short(
                 queries, 0, rows, keys, offsets, PANEL_WIDTH, head_dim, scratch, ZEROS, 0,
                 scores, column, scores_stride, rows, ahead,
             )  # fmt: skip
@@ -431,7 +446,7 @@ def _weighted_values(
                     out, column, value_width, out, column, value_width, rows,
                 )  # fmt: skip
             else:
-                _dot_short(
+                dot_short(
                     weights, first, rows, values, offsets, value_width, depth, out, column, value_width,
                     out, column, value_width, rows, ahead,
                 )  # fmt: skip
@@ -453,7 +468,7 @@ def _dot_rows(
 
 
 @njit(nogil=True, forceinline=True)
-def _dot_short(
+def dot_short(
     x, x_offset, x_step, w, offsets, w_stride, depth, start, start_offset, start_stride,
     out, out_offset, out_stride, rows, panels,
 ):  # fmt: skip

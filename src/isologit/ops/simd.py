@@ -27,8 +27,16 @@ def _host_vector_width() -> int:
     return 8 if features.get("avx2") else 4
 
 
+def _host_has_byte_products() -> bool:
+    """Whether this CPU multiplies bytes four at a time, at its full vector width."""
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("avx512vnni")) if VECTOR_WIDTH == 16 else bool(features.get("avxvnni"))
+
+
 VECTOR_WIDTH = _host_vector_width()
+HAS_BYTE_PRODUCTS = _host_has_byte_products()
 PANEL_VECTORS = 2
+_INTS = ir.VectorType(ir.IntType(32), VECTOR_WIDTH)
 PANEL_WIDTH = PANEL_VECTORS * VECTOR_WIDTH  # output columns of one weight panel, and tokens of one KV block
 # Tallest tile whose accumulators, two weight vectors and one broadcast fit the register file (16 or 32 registers).
 TILE_ROWS = 12 if VECTOR_WIDTH == 16 else 6
@@ -57,10 +65,10 @@ def _data_pointer(context: Any, builder: Any, array_type: Any, array: Any) -> An
 
 
 def _load_weights(builder: Any, pointer: Any, storage: str) -> Any:
-    """One vector of weights widened exactly to float32."""
+    """One vector of weights widened exactly to float32; bytes as they are, four a lane."""
     wide = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
-    if storage == "float32":
-        value = builder.load(builder.bitcast(pointer, wide.as_pointer()))
+    if storage in ("float32", "bytes"):
+        value = builder.load(builder.bitcast(pointer, (_INTS if storage == "bytes" else wide).as_pointer()))
         value.align = 4
         return value
     if storage == "float16":
@@ -78,6 +86,20 @@ def _load_weights(builder: Any, pointer: Any, storage: str) -> Any:
 
 def _constant(value: float) -> Any:
     return ir.Constant(ir.VectorType(ir.FloatType(), VECTOR_WIDTH), [value] * VECTOR_WIDTH)
+
+
+def _dot_bytes(builder: Any, unsigned: Any, signed: Any, total: Any) -> Any:
+    """`total` + the products of the four bytes of each lane, in int32 without rounding: AVX-512 VNNI's `vpdpbusd`."""
+    if HAS_BYTE_PRODUCTS:
+        signature = ir.FunctionType(_INTS, [_INTS] * 3)
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * VECTOR_WIDTH}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), [total, unsigned, signed])
+    for byte in range(4):
+        up, down = (ir.Constant(_INTS, [shift] * VECTOR_WIDTH) for shift in (24 - 8 * byte, 24))
+        a = builder.lshr(builder.shl(unsigned, up), down)
+        b = builder.ashr(builder.shl(signed, up), down)
+        total = builder.add(total, builder.mul(a, b))
+    return total
 
 
 def _spread(builder: Any, scalar: Any) -> Any:
@@ -137,7 +159,7 @@ _EXP_POLYNOMIAL = (
     1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
 )  # fmt: skip
 _STORAGE_OF_DTYPE = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bytes": 4}  # of a column at one place of the depth
 CACHE_LINE = 64  # bytes
 EPILOGUES = ("store", "add", "swiglu")
 
@@ -203,11 +225,40 @@ def _emit_tile(builder: Any, values: list[Any], rows: int, panels: int, storage:
     """The product of a tile of so many rows; `values` are the arguments of the call but `rows`."""
     i64 = ir.IntType(64)
     vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
+    vectors = PANEL_VECTORS * panels
+    *operands, start_ptr, start_off, start_ld, out_ptr, out_off, out_ld = values
+
+    def place(pointer: Any, offset: Any, stride: Any, row: int, j: int) -> Any:
+        index = builder.add(offset, builder.add(builder.mul(stride, i64(row)), i64(j * VECTOR_WIDTH)))
+        return builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
+
+    sums = []
+    for r in range(rows):
+        for j in range(vectors):
+            sums.append(builder.load(place(start_ptr, start_off, start_ld, r, j)))
+            sums[-1].align = 4
+    sums = _emit_sums(builder, operands, sums, rows, panels, storage)
+    for r in range(rows):
+        results = sums[r * vectors : (r + 1) * vectors]
+        if epilogue == "swiglu":
+            results = [_swiglu(builder, *results[j : j + 2]) for j in range(0, vectors, PANEL_VECTORS)]
+        for j, value in enumerate(results):
+            pointer = place(out_ptr, out_off, out_ld, r, j)
+            if epilogue == "add":
+                previous = builder.load(pointer)
+                previous.align = 4
+                value = builder.fadd(previous, value)
+            builder.store(value, pointer).align = 4
+
+
+def _emit_sums(builder: Any, operands: list[Any], sums: list[Any], rows: int, panels: int, storage: str) -> list[Any]:
+    """The loops over the depth of a tile; returns `sums`, PANEL_VECTORS * panels vectors a row, with the products."""
+    i64 = ir.IntType(64)
     unroll = 4 if rows <= 2 else 2
     vectors = PANEL_VECTORS * panels
     lines_per_pass = unroll * PANEL_WIDTH * _BYTES[storage] // CACHE_LINE
-    x_ptr, x_off, x_step, w_ptr, w_off, w_ld, depth, fetch, pace, *places = values
-    start_ptr, start_off, start_ld, out_ptr, out_off, out_ld = places
+    multiply_add = _dot_bytes if storage == "bytes" else _fma
+    x_ptr, x_off, x_step, w_ptr, w_off, w_ld, depth, fetch, pace = operands
     x_base = builder.gep(x_ptr, [x_off])
     w_offsets, fetches = [w_off], [fetch]
     if panels > 1:
@@ -250,7 +301,7 @@ def _emit_tile(builder: Any, values: list[Any], rows: int, panels: int, storage:
                 scalar = _spread(builder, builder.load(builder.gep(x_now, [builder.add(times(x_step, u), i64(r))])))
                 for j in range(vectors):
                     index = r * vectors + j
-                    current[index] = _fma(builder, scalar, weights[j], current[index])
+                    current[index] = multiply_add(builder, weights[j], scalar, current[index])
         following = [
             builder.add(k, i64(step)),
             builder.gep(x_now, [times(x_step, step)]),
@@ -264,28 +315,88 @@ def _emit_tile(builder: Any, values: list[Any], rows: int, panels: int, storage:
         builder.position_at_end(done)
         return k, phis[1 : 3 + panels], now_sums
 
-    sums = []
-    for r in range(rows):
-        row = builder.add(start_off, times(start_ld, r))
-        for j in range(vectors):
-            place = builder.gep(start_ptr, [builder.add(row, i64(j * VECTOR_WIDTH))])
-            sums.append(builder.load(builder.bitcast(place, vector.as_pointer())))
-            sums[-1].align = 4
     whole = builder.and_(depth, i64(-unroll))
     k, pointers, sums = loop(i64(0), unroll, whole, [x_base, *w_bases, i64(0)], sums)
-    _, _, sums = loop(k, 1, depth, pointers, sums)
-    for r in range(rows):
-        results = sums[r * vectors : (r + 1) * vectors]
-        if epilogue == "swiglu":
-            results = [_swiglu(builder, *results[j : j + 2]) for j in range(0, vectors, PANEL_VECTORS)]
-        for j, value in enumerate(results):
-            offset = builder.add(out_off, builder.add(times(out_ld, r), i64(j * VECTOR_WIDTH)))
-            pointer = builder.bitcast(builder.gep(out_ptr, [offset]), vector.as_pointer())
-            if epilogue == "add":
-                previous = builder.load(pointer)
-                previous.align = 4
-                value = builder.fadd(previous, value)
-            builder.store(value, pointer).align = 4
+    result: list[Any] = loop(k, 1, depth, pointers, sums)[2]
+    return result
+
+
+@intrinsic
+def bound_tile(
+    typing_context, x, x_offset, x_step, w, w_offset, depth, fetch, pace, columns, column_offset, rows_to_take,
+    factors, first_row, tops, tops_offset, rows,
+):  # fmt: skip
+    """Largest upper bound of a panel's logits for each row of a tile of bytes, into `tops` from `tops_offset` on.
+
+    x: int32 of four int8 each, transposed as in `make_tile_product`; w: int32 of four uint8 each, a weight plus 128;
+    depth: in fours. With t the product of x and w less `rows_to_take[row]` (int32), and s, e, n the panel's float32
+    `columns` [3, PANEL_WIDTH], a column's bound is (t * s + factors[row, 0] * e + factors[row, 1] * n) *
+    factors[row, 2]. Rows of the tile are numbered from `first_row` on; 1 to TILE_ROWS of them.
+    """
+    signature = types.void(
+        x, x_offset, x_step, w, w_offset, depth, fetch, pace, columns, column_offset, rows_to_take, factors, first_row,
+        tops, tops_offset, rows,
+    )  # fmt: skip
+
+    def codegen(context, builder, signature, args):
+        i64 = ir.IntType(64)
+        vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
+        values = [
+            _data_pointer(context, builder, t, a)
+            if isinstance(t, types.Array)
+            else context.cast(builder, a, t, types.int64)
+            for t, a in zip(signature.args, args, strict=True)
+        ]
+        x_ptr, x_off, x_st, w_ptr, w_off, deep, ahead, pace_, columns_ptr, column, take, factor, first, *out = values
+        tops_ptr, tops_off, count = out
+        operands = [x_ptr, x_off, x_st, w_ptr, w_off, i64(PANEL_WIDTH), deep, ahead, pace_]
+        end = builder.append_basic_block("bound.end")
+        switch = builder.switch(count, end)
+        for height in range(1, TILE_ROWS + 1):
+            block = builder.append_basic_block(f"bound.{height}")
+            switch.add_case(i64(height), block)
+            builder.position_at_end(block)
+            sums = _emit_sums(
+                builder,
+                operands,
+                [ir.Constant(_INTS, [0] * VECTOR_WIDTH)] * (height * PANEL_VECTORS),
+                height,
+                1,
+                "bytes",
+            )
+            parts = []
+            for i in range(3 * PANEL_VECTORS):
+                place = builder.gep(columns_ptr, [builder.add(column, i64(i * VECTOR_WIDTH))])
+                parts.append(builder.load(builder.bitcast(place, vector.as_pointer())))
+                parts[-1].align = 4
+            for r in range(height):
+                row = builder.add(first, i64(r))
+                taken = _spread(builder, builder.load(builder.gep(take, [row])))
+                error, norm, scale = (
+                    builder.load(builder.gep(factor, [builder.add(builder.mul(row, i64(3)), i64(i))])) for i in range(3)
+                )
+                bounds = []
+                for j in range(PANEL_VECTORS):
+                    s, e, n = parts[j::PANEL_VECTORS]
+                    exact = builder.sitofp(builder.sub(sums[r * PANEL_VECTORS + j], taken), vector)
+                    bound = _fma(builder, _spread(builder, error), e, builder.fmul(exact, s))
+                    bounds.append(_fma(builder, _spread(builder, norm), n, bound))
+                top = bounds[0]
+                for other in bounds[1:]:
+                    top = _larger(builder, top, other)
+                top = _across_lanes(builder, top, lambda a, b: _larger(builder, a, b))
+                target = builder.gep(tops_ptr, [builder.add(tops_off, i64(r))])
+                builder.store(builder.fmul(top, scale), target)
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    """The larger lanes of two vectors without NaN."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 def _row_loop(builder: Any, pointer: Any, length: Any, initial: Any, visit: Any) -> Any:
