@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from isologit import LLM, GenerationRequest, RequestOutput, SamplingParams
 from isologit.engine.loop import LAST_TOKEN
 from isologit.errors import ConfigError, ModelError, RequestError
+from isologit.ops.heads import heads_suit
 from isologit.ops.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH
 
 VOCAB = 300
@@ -25,11 +26,13 @@ SHAPES = {
 }
 
 
-def save_model(folder: Path, *, heads: int, kv_heads: int, tied: bool, dtype: torch.dtype) -> LlamaForCausalLM:
+def save_model(
+    folder: Path, *, heads: int, kv_heads: int, tied: bool, dtype: torch.dtype, head_dim: int = 16
+) -> LlamaForCausalLM:
     """A small random model, saved in `dtype`, and its float32 twin as transformers runs it."""
     torch.manual_seed(heads)
     config = LlamaConfig(
-        hidden_size=heads * 16,
+        hidden_size=heads * head_dim,
         intermediate_size=100,
         num_hidden_layers=3,
         num_attention_heads=heads,
@@ -147,6 +150,25 @@ def test_a_draft_model_of_another_vocabulary_is_refused(model: tuple[Path, Llama
         LLM(model[0], speculative_config={"model": str(tmp_path)})
     with pytest.raises(ConfigError, match="draft_model"):
         LLM(model[0], speculative_config={"method": "draft_model"})
+
+
+@pytest.mark.parametrize("shape", [{"heads": 4, "kv_heads": 4}, {"heads": 4, "kv_heads": 2}])
+def test_steps_that_go_head_by_head_change_no_bit(shape: dict[str, int], tmp_path: Path) -> None:
+    reference = save_model(tmp_path, **shape, head_dim=PANEL_WIDTH, tied=False, dtype=torch.float32)
+    prompts, sampling = workload(40, seed=1, return_logits=True)
+    together = LLM(tmp_path, max_num_seqs=64, num_threads=2)
+    outputs = together.generate(prompts, sampling)
+    assert heads_suit(40, shape["kv_heads"], PANEL_WIDTH, 2)
+    assert sum(step.num_tokens >= 24 for step in together.step_records) > 10
+    assert not heads_suit(3, shape["kv_heads"], PANEL_WIDTH, 2)
+    few = LLM(tmp_path, max_num_seqs=3, max_num_batched_tokens=3, num_threads=2).generate(prompts, sampling)
+    uneven = LLM(tmp_path, max_num_seqs=64, num_threads=3).generate(prompts, sampling)
+    for a, b, c in zip(outputs, few, uneven, strict=True):
+        assert a.token_ids == b.token_ids == c.token_ids
+        assert np.array_equal(a.logits, b.logits)
+        assert np.array_equal(a.logits, c.logits)
+        assert a.logits is not None
+        assert np.abs(a.logits - reference_rows(reference, a)).max() < 1e-4
 
 
 def test_bit_identity_is_not_a_property_of_any_matrix_product() -> None:

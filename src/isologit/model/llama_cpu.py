@@ -29,7 +29,6 @@ from isologit.ops.cpu import (
     SWIGLU,
     ZEROS,
     argmax_row,
-    attention_tile,
     barrier,
     interleave_gate_up,
     linear,
@@ -42,6 +41,8 @@ from isologit.ops.cpu import (
     rotate_and_cache,
     tile_height,
 )
+from isologit.ops.heads import MAX_CHUNKS, attend, heads_suit, project_and_attend
+from isologit.ops.memory import aligned, zeros
 from isologit.ops.shortlist import NOT_PICKED, bound_panels, pack_byte_head, pick_row, quantise_row
 from isologit.ops.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH, atomic_add, monotonic_ns
 
@@ -89,7 +90,7 @@ def _step(
     num_heads, num_kv_heads, head_dim, hidden, intermediate, value_width, eps, cos, sin, keys, values,
     residual, normed, qkv, attended, packed, gated, kept_residual, kept_attended,
     query_scratch, score_scratch, weight_scratch, sum_scratch, row_scratch, offset_scratch,
-    final, clock,
+    chunk_scratch, final, clock,
 ):  # fmt: skip
     """Forward pass of T flat tokens by `num_threads` threads. Fills `final` [R, hidden], what the last product reads.
 
@@ -113,6 +114,7 @@ def _step(
             for i in range(hidden):
                 residual[r, i] = embedding[token_ids[r], i]
     last_layer = w_qkv.shape[0] - 1
+    by_head = heads_suit(rows, num_kv_heads, head_dim, num_threads)
     for layer in range(last_layer + 1):
         # NOTE: tiles are dealt to threads in the same way above and in the norm, so no barrier is needed between.
         if layer > 0:
@@ -124,56 +126,47 @@ def _step(
         )  # fmt: skip
         barrier(sync, num_threads)
         _book(thread, clock, _ELEMENTWISE)
-        linear(
-            normed, height, hidden, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE,
-            scratch, offsets, counters, counter,
-        )  # fmt: skip
-        counter += COUNTER_STRIDE
-        barrier(sync, num_threads)
-        _book(thread, clock, _QKV)
         layer_keys, layer_values = keys[layer], values[layer]
         if layer == last_layer:
             tiles, items, written_first = last_tiles, last_items, last_written_first
-        # NOTE: keys and values are written just before they are first read, when the cache line is there already. Only
-        # tokens that other tiles look back to must be written by all before any goes on.
-        if written_first.shape[0]:
-            first, last = _share(thread, num_threads, num_kv_heads)
-            for sequence in range(written_first.shape[0]):
-                rotate_and_cache(
-                    qkv_flat, qkv_stride, written_first[sequence, 0], written_first[sequence, 1], positions, slots,
-                    first, last, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
-                )  # fmt: skip
+        projecting = 0
+        if by_head:
+            projecting = project_and_attend(
+                normed, height, hidden, rows, w_qkv[layer], qkv_flat, qkv_stride, positions, slots, tiles,
+                written_first, block_tables, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys,
+                layer_values, attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch,
+                offsets, chunk_scratch[thread], counters, counter,
+            )  # fmt: skip
+        else:
+            linear(
+                normed, height, hidden, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE,
+                scratch, offsets, counters, counter,
+            )  # fmt: skip
+            counter += COUNTER_STRIDE
             barrier(sync, num_threads)
-            _book(thread, clock, _ELEMENTWISE)
-        # NOTE: a thread takes its next item early, because each tile asks for the memory of the one that follows.
-        item = atomic_add(counters, counter, 1)
-        while item < items.shape[0]:
-            next_item = atomic_add(counters, counter, 1)
-            first_tile, last_tile, first, last = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
-            for kv_head in range(first, last):
-                for tile in range(first_tile, last_tile):
-                    next_tile, next_head = tile + 1, kv_head
-                    if next_tile == last_tile:
-                        next_tile, next_head = first_tile, kv_head + 1
-                    if next_head == last and next_item < items.shape[0]:
-                        next_tile, next_head = items[next_item, 0], items[next_item, 2]
-                    first_row, num_rows, first_position = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2]
-                    next_context = tiles[next_tile, 1] + tiles[next_tile, 2] if next_head < num_kv_heads else 0
-                    if tiles[tile, 4]:
-                        rotate_and_cache(
-                            qkv_flat, qkv_stride, first_row, num_rows, positions, slots, kv_head, kv_head + 1,
-                            num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
-                        )  # fmt: skip
-                    attention_tile(
-                        qkv_flat, qkv_stride, first_row, num_rows, first_position, block_tables, tiles[tile, 3],
-                        kv_head, num_heads, num_kv_heads, head_dim, value_width, layer_keys, layer_values,
-                        attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch, offsets,
-                        tiles[next_tile, 3], next_head, -(-next_context // PANEL_WIDTH),
+            _book(thread, clock, _QKV)
+            # NOTE: keys and values are written just before they are first read, when the cache line is there already.
+            # Only tokens that other tiles look back to must be written by all before any goes on.
+            if written_first.shape[0]:
+                first, last = _share(thread, num_threads, num_kv_heads)
+                for sequence in range(written_first.shape[0]):
+                    rotate_and_cache(
+                        qkv_flat, qkv_stride, written_first[sequence, 0], written_first[sequence, 1], positions, slots,
+                        first, last, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
                     )  # fmt: skip
-            item = next_item
+                barrier(sync, num_threads)
+                _book(thread, clock, _ELEMENTWISE)
+            attend(
+                qkv_flat, qkv_stride, positions, slots, tiles, items, block_tables, num_heads, num_kv_heads, head_dim,
+                value_width, cos, sin, layer_keys, layer_values, attended_flat, heads_size, queries, scores,
+                scores_stride, weights, sums, scratch, offsets, counters, counter,
+            )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(sync, num_threads)
         _book(thread, clock, _ATTENTION)
+        if thread == 0:
+            clock[_ATTENTION] -= projecting
+            clock[_QKV] += projecting
         # NOTE: tiles are dealt to threads in the same way twice, so no barrier is needed between.
         if layer == last_layer and num_logits < rows:
             rows, height = num_logits, tile_height(num_logits)
@@ -383,7 +376,7 @@ class LlamaCPU:
         attention_features = config.num_attention_heads * config.head_dim
 
         def empty(panels: int, in_features: int) -> np.ndarray:
-            return np.empty((layers, panels, in_features, PANEL_WIDTH), dtype)
+            return zeros((layers, panels, in_features, PANEL_WIDTH), dtype)
 
         self._w_qkv = empty(panel_count(qkv_features), hidden)
         self._w_out = empty(panel_count(hidden), attention_features)
@@ -409,7 +402,7 @@ class LlamaCPU:
         embedding = tensors["model.embed_tokens.weight"]
         self._embedding = embedding.float().numpy()
         head = embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
-        self._w_head = pack_weight(head, storage)
+        self._w_head = aligned(pack_weight(head, storage))
         self._byte_head = pack_byte_head(head) if HAS_BYTE_PRODUCTS else None
 
     def weight_bytes(self) -> int:
@@ -444,9 +437,11 @@ class LlamaCPU:
         """Make room for `num_blocks` blocks of `block_size` tokens; all is written, so no step waits for a page."""
         c = self.config
         per_block = c.num_key_value_heads * self.block_size
-        self._keys = self._values = np.empty((c.num_hidden_layers, 0), np.float32)  # the old ones go first
-        self._keys = np.full((c.num_hidden_layers, num_blocks * per_block * c.head_dim), 0, np.float32)
-        self._values = np.full((c.num_hidden_layers, num_blocks * per_block * self._value_width), 0, np.float32)
+        self._keys = self._values = zeros((c.num_hidden_layers, 0))  # the old ones go first
+        self._keys = zeros((c.num_hidden_layers, num_blocks * per_block * c.head_dim))
+        self._values = zeros((c.num_hidden_layers, num_blocks * per_block * self._value_width))
+        self._keys.fill(0)
+        self._values.fill(0)
 
     def reserve(self, max_num_batched_tokens: int) -> None:
         """Allocate the step's buffers for up to `max_num_batched_tokens` tokens."""
@@ -455,31 +450,32 @@ class LlamaCPU:
         self.tile_tokens = max(1, TILE_ROWS // group)
         tile_rows = self.tile_tokens * group
         hidden = _round_up(c.hidden_size, PANEL_WIDTH)
-        self._residual = np.zeros((tokens, hidden), np.float32)
-        self._qkv = np.zeros((tokens, self._w_qkv.shape[1] * PANEL_WIDTH), np.float32)
-        self._attended = np.zeros((tokens, c.num_attention_heads * c.head_dim), np.float32)
-        self._kept_residual, self._kept_attended = np.zeros_like(self._residual), np.zeros_like(self._attended)
+        self._residual = zeros((tokens, hidden))
+        self._qkv = zeros((tokens, self._w_qkv.shape[1] * PANEL_WIDTH))
+        self._attended = zeros((tokens, c.num_attention_heads * c.head_dim))
+        self._kept_residual, self._kept_attended = zeros(self._residual.shape), zeros(self._attended.shape)
         # NOTE: what products read lies in tiles, of which the last may be only partly filled.
         tiled = tokens + TILE_ROWS
-        self._normed = np.zeros(tiled * c.hidden_size, np.float32)
-        self._packed = np.zeros(tiled * c.num_attention_heads * c.head_dim, np.float32)
-        self._gated = np.zeros(tiled * self._w_gate_up.shape[1] * VECTOR_WIDTH, np.float32)
-        self._query_scratch = np.zeros((self.num_threads, tile_rows * self._value_width), np.float32)
-        self._row_scratch = np.zeros((self.num_threads, SCRATCH_SIZE), np.float32)
-        self._offset_scratch = np.zeros((self.num_threads, _round_up(TILE_ROWS, COUNTER_STRIDE)), np.int64)
+        self._normed = zeros(tiled * c.hidden_size)
+        self._packed = zeros(tiled * c.num_attention_heads * c.head_dim)
+        self._gated = zeros(tiled * self._w_gate_up.shape[1] * VECTOR_WIDTH)
+        self._query_scratch = zeros((self.num_threads, tile_rows * self._value_width))
+        self._row_scratch = zeros((self.num_threads, SCRATCH_SIZE))
+        self._offset_scratch = zeros((self.num_threads, _round_up(TILE_ROWS, COUNTER_STRIDE)), np.int64)
+        self._chunk_scratch = zeros((self.num_threads, MAX_CHUNKS + COUNTER_STRIDE), np.int64)
         context = _round_up(self.max_model_len, PANEL_WIDTH) + PANEL_WIDTH
-        self._score_scratch = np.zeros((self.num_threads, tile_rows, context), np.float32)
-        self._weight_scratch = np.zeros((self.num_threads, tile_rows * context), np.float32)
-        self._sum_scratch = np.zeros((self.num_threads, max(tile_rows, TILE_ROWS)), np.float32)
-        self._counters = np.zeros(COUNTER_STRIDE * (_COUNTERS_PER_LAYER * c.num_hidden_layers + 3), np.int64)
-        self._final = np.zeros((tokens, c.hidden_size), np.float32)
-        self._logits = np.zeros((0, self._w_head.shape[0] * PANEL_WIDTH), np.float32)
+        self._score_scratch = zeros((self.num_threads, tile_rows, context))
+        self._weight_scratch = zeros((self.num_threads, tile_rows * context))
+        self._sum_scratch = zeros((self.num_threads, max(tile_rows, TILE_ROWS)))
+        self._counters = zeros(COUNTER_STRIDE * (_COUNTERS_PER_LAYER * c.num_hidden_layers + 3), np.int64)
+        self._final = zeros((tokens, c.hidden_size))
+        self._logits = zeros((0, self._w_head.shape[0] * PANEL_WIDTH))
         if self._byte_head is not None:
-            self._final_bytes = np.zeros(tiled * c.hidden_size, np.int8)
-            self._rows_to_take = np.zeros(tokens, np.int32)
-            self._factors = np.zeros((tokens, 3), np.float32)
-            self._tops = np.zeros(tokens * self._w_head.shape[0], np.float32)
-            self._row_tops = np.zeros((self.num_threads, _round_up(self._w_head.shape[0], TILE_ROWS)), np.float32)
+            self._final_bytes = zeros(tiled * c.hidden_size, np.int8)
+            self._rows_to_take = zeros(tokens, np.int32)
+            self._factors = zeros((tokens, 3))
+            self._tops = zeros(tokens * self._w_head.shape[0])
+            self._row_tops = zeros((self.num_threads, _round_up(self._w_head.shape[0], TILE_ROWS)))
 
     def forward(self, batch: FlatBatch) -> StepOutput:
         """Run one step; what is returned are views, valid until the next call of this object."""
@@ -500,7 +496,8 @@ class LlamaCPU:
             self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,
             self._residual[:tokens], self._normed, self._qkv[:tokens], self._attended[:tokens], self._packed,
             self._gated, self._kept_residual, self._kept_attended, self._query_scratch, self._score_scratch,
-            self._weight_scratch, self._sum_scratch, self._row_scratch, self._offset_scratch, final, self._clock,
+            self._weight_scratch, self._sum_scratch, self._row_scratch, self._offset_scratch,
+            self._chunk_scratch, final, self._clock,
         )  # fmt: skip
         if batch.whole_logits:
             logits, chosen = self._whole_rows(final)
@@ -539,7 +536,7 @@ class LlamaCPU:
         """Logits float32 [R, vocab], and the index of the largest, int64 [R]; -1 where there is NaN."""
         rows = len(final)
         if rows > self._logits.shape[0]:
-            self._logits = np.zeros((rows, self._logits.shape[1]), np.float32)
+            self._logits = zeros((rows, self._logits.shape[1]))
         chosen = np.empty(rows, np.int64)
         self._run(
             _project, final, self._w_head, self.config.vocab_size, self._normed, self._row_scratch,

@@ -17,6 +17,7 @@ import torch
 from numba import njit
 
 from isologit.ops.cpu import dot_short, panel_count, panel_portion
+from isologit.ops.memory import aligned
 from isologit.ops.simd import PANEL_WIDTH, atomic_add, bound_tile
 
 NOT_PICKED = -2  # a row whose logits must all be computed
@@ -70,7 +71,7 @@ def pack_byte_head(head: torch.Tensor) -> ByteHead | None:
         columns[places, 2] = _rounded_up(np.linalg.norm(approximate, axis=1))
     by_panel = bytes_.reshape(panels, PANEL_WIDTH, depth // 4, 4).transpose(0, 2, 1, 3)
     weights = np.ascontiguousarray(by_panel).view(np.int32)[..., 0]
-    return ByteHead(weights, np.ascontiguousarray(columns.reshape(panels, PANEL_WIDTH, 3).transpose(0, 2, 1)))
+    return ByteHead(aligned(weights), aligned(columns.reshape(panels, PANEL_WIDTH, 3).transpose(0, 2, 1)))
 
 
 def _rounded_up(x: np.ndarray) -> np.ndarray:

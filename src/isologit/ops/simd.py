@@ -164,7 +164,11 @@ CACHE_LINE = 64  # bytes
 EPILOGUES = ("store", "add", "swiglu")
 
 
-def make_tile_product(heights: tuple[int, ...], epilogue: str, *, panels: int = 1) -> Any:
+LINES_PER_PASS = 4  # most lines that a pass of a tile product with a stream asks for
+STREAM_CHUNK = 4096  # bytes
+
+
+def make_tile_product(heights: tuple[int, ...], epilogue: str, *, panels: int = 1, stream: bool = False) -> Any:
     """Register-tile product `x[rows, K] @ w[K, PANEL_WIDTH]` with an epilogue, as a Numba intrinsic.
 
     Call: `tile(x, x_offset, x_step, w, w_offset, w_stride, K, fetch, pace, start, start_offset, start_stride, out,
@@ -180,6 +184,9 @@ def make_tile_product(heights: tuple[int, ...], epilogue: str, *, panels: int = 
 
     epilogue: "store" writes the sums to `out`, "add" adds them to it, "swiglu" takes the first half of a panel's
     columns as gate and the second as up and writes silu(gate) * up, VECTOR_WIDTH columns (Shazeer 2020).
+    stream: two more arguments in front of `rows`, `chunks` and `rate`: other memory is asked into the cache meanwhile,
+    chunk after chunk of STREAM_CHUNK bytes, whose addresses are in `chunks` (int64), `rate` / 256 of LINES_PER_PASS
+    lines every second value of k. There must be an address more than the lines that are asked for fill.
     panels: with more than one, `w_offset` is an int64 array of two values a panel, its offset and what it adds to
     `fetch`, and the results stand side by side in `out`: short tiles need several chains in flight to hide the latency
     of the multiply-add.
@@ -187,16 +194,8 @@ def make_tile_product(heights: tuple[int, ...], epilogue: str, *, panels: int = 
     if epilogue not in EPILOGUES:
         raise ValueError(f"unknown epilogue {epilogue!r}; there are {', '.join(EPILOGUES)}")
 
-    @intrinsic
-    def tile(
-        typing_context, x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, pace, start, start_offset,
-        start_stride, out, out_offset, out_stride, rows,
-    ):  # fmt: skip
-        storage = _STORAGE_OF_DTYPE[w.dtype]
-        signature = types.void(
-            x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, pace, start, start_offset, start_stride,
-            out, out_offset, out_stride, rows,
-        )  # fmt: skip
+    def emit(arguments: tuple[Any, ...]) -> Any:
+        storage = _STORAGE_OF_DTYPE[arguments[3].dtype]
 
         def codegen(context, builder, signature, args):
             *values, rows = [
@@ -216,9 +215,33 @@ def make_tile_product(heights: tuple[int, ...], epilogue: str, *, panels: int = 
             builder.position_at_end(end)
             return context.get_dummy_value()
 
-        return signature, codegen
+        return types.void(*arguments), codegen
 
-    return tile
+    @intrinsic
+    def tile(
+        typing_context, x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, pace, start, start_offset,
+        start_stride, out, out_offset, out_stride, rows,
+    ):  # fmt: skip
+        return emit(
+            (
+                x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, pace, start, start_offset, start_stride,
+                out, out_offset, out_stride, rows,
+            )
+        )  # fmt: skip
+
+    @intrinsic
+    def streaming_tile(
+        typing_context, x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, pace, start, start_offset,
+        start_stride, out, out_offset, out_stride, chunks, rate, rows,
+    ):  # fmt: skip
+        return emit(
+            (
+                x, x_offset, x_step, w, w_offset, w_stride, depth, fetch, pace, start, start_offset, start_stride,
+                out, out_offset, out_stride, chunks, rate, rows,
+            )
+        )  # fmt: skip
+
+    return streaming_tile if stream else tile
 
 
 def _emit_tile(builder: Any, values: list[Any], rows: int, panels: int, storage: str, epilogue: str) -> None:
@@ -226,7 +249,7 @@ def _emit_tile(builder: Any, values: list[Any], rows: int, panels: int, storage:
     i64 = ir.IntType(64)
     vector = ir.VectorType(ir.FloatType(), VECTOR_WIDTH)
     vectors = PANEL_VECTORS * panels
-    *operands, start_ptr, start_off, start_ld, out_ptr, out_off, out_ld = values
+    operands, (start_ptr, start_off, start_ld, out_ptr, out_off, out_ld), stream = values[:9], values[9:15], values[15:]
 
     def place(pointer: Any, offset: Any, stride: Any, row: int, j: int) -> Any:
         index = builder.add(offset, builder.add(builder.mul(stride, i64(row)), i64(j * VECTOR_WIDTH)))
@@ -237,7 +260,7 @@ def _emit_tile(builder: Any, values: list[Any], rows: int, panels: int, storage:
         for j in range(vectors):
             sums.append(builder.load(place(start_ptr, start_off, start_ld, r, j)))
             sums[-1].align = 4
-    sums = _emit_sums(builder, operands, sums, rows, panels, storage)
+    sums = _emit_sums(builder, operands, sums, rows, panels, storage, stream)
     for r in range(rows):
         results = sums[r * vectors : (r + 1) * vectors]
         if epilogue == "swiglu":
@@ -251,7 +274,9 @@ def _emit_tile(builder: Any, values: list[Any], rows: int, panels: int, storage:
             builder.store(value, pointer).align = 4
 
 
-def _emit_sums(builder: Any, operands: list[Any], sums: list[Any], rows: int, panels: int, storage: str) -> list[Any]:
+def _emit_sums(
+    builder: Any, operands: list[Any], sums: list[Any], rows: int, panels: int, storage: str, stream: Any = ()
+) -> list[Any]:
     """The loops over the depth of a tile; returns `sums`, PANEL_VECTORS * panels vectors a row, with the products."""
     i64 = ir.IntType(64)
     unroll = 4 if rows <= 2 else 2
@@ -290,6 +315,10 @@ def _emit_sums(builder: Any, operands: list[Any], sums: list[Any], rows: int, pa
             for number in range(panels * lines_per_pass):
                 which, place = divmod(number, lines_per_pass)
                 _prefetch(builder, builder.gep(asked_bases[which], [builder.add(asked, times(pace, place))]))
+            if stream:
+                chunks, rate = stream
+                first = times(k, LINES_PER_PASS // 2)
+                _ask_stream(builder, chunks, rate, first, unroll // 2 * LINES_PER_PASS)
         current = list(now_sums)
         for u in range(step):
             weights = [
@@ -319,6 +348,17 @@ def _emit_sums(builder: Any, operands: list[Any], sums: list[Any], rows: int, pa
     k, pointers, sums = loop(i64(0), unroll, whole, [x_base, *w_bases, i64(0)], sums)
     result: list[Any] = loop(k, 1, depth, pointers, sums)[2]
     return result
+
+
+def _ask_stream(builder: Any, chunks: Any, rate: Any, first: Any, count: int) -> None:
+    """Ask for the lines that are due at the places `first` to `first` + `count` - 1 of a stream."""
+    i64, address = ir.IntType(64), ir.IntType(8).as_pointer()
+    lines = STREAM_CHUNK // CACHE_LINE
+    for place in range(count):
+        line = builder.lshr(builder.mul(builder.add(first, i64(place)), rate), i64(8))
+        chunk = builder.load(builder.gep(chunks, [builder.udiv(line, i64(lines))]))
+        within = builder.mul(builder.urem(line, i64(lines)), i64(CACHE_LINE))
+        _prefetch(builder, builder.inttoptr(builder.add(chunk, within), address))
 
 
 @intrinsic
