@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from isologit.ops import cpu, simd
+from isologit.ops import cpu, simd, tiles
 from isologit.ops.registry import linear_numba
 from isologit.ops.shortlist import (
     NOT_PICKED,
@@ -142,7 +142,7 @@ def test_byte_products_are_exact_with_and_without_the_instruction(
 ) -> None:
     if instruction and not simd.HAS_BYTE_PRODUCTS:
         pytest.skip("this CPU has no byte products")
-    monkeypatch.setattr(simd, "HAS_BYTE_PRODUCTS", instruction)
+    monkeypatch.setattr(tiles, "HAS_BYTE_PRODUCTS", instruction)
     rng = np.random.default_rng(2)
     depth, rows = 33, 5
     x = rng.integers(-127, 128, (depth, rows, 4)).astype(np.int8)
@@ -153,7 +153,7 @@ def test_byte_products_are_exact_with_and_without_the_instruction(
 
     @njit
     def call(x, w, columns, take, factors, tops):  # type: ignore[no-untyped-def]
-        simd.bound_tile(x, 0, rows, w, 0, depth, 0, 0, columns, 0, take, factors, 0, tops, 0, rows)
+        tiles.bound_tile(x, 0, rows, w, 0, depth, 0, 0, columns, 0, take, factors, 0, tops, 0, rows)
 
     call(x.view(np.int32).reshape(-1), w.view(np.int32).reshape(-1), columns, take, factors, tops)
     sums = np.einsum("krb,kcb->rc", x.astype(np.int64), w.astype(np.int64))

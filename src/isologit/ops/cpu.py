@@ -19,7 +19,6 @@ from numba import njit
 
 from isologit.ops.simd import (
     CACHE_LINE,
-    EPILOGUES,
     PANEL_WIDTH,
     TILE_ROWS,
     VECTOR_WIDTH,
@@ -27,11 +26,11 @@ from isologit.ops.simd import (
     atomic_load,
     exp_in_place,
     exp_sum,
-    make_tile_product,
     row_max,
     transpose_block,
     yield_processor,
 )
+from isologit.ops.tiles import EPILOGUES, make_tile_product
 
 _FLOAT_LINE = CACHE_LINE // 4  # float32 of a cache line
 COUNTER_STRIDE = 8  # int64 elements between counters: one cache line each
@@ -472,7 +471,7 @@ def dot_short(
     x, x_offset, x_step, w, offsets, w_stride, depth, start, start_offset, start_stride,
     out, out_offset, out_stride, rows, panels,
 ):  # fmt: skip
-    """The product of one row with up to four panels of float32, or of two rows with two."""
+    """The product of one row with up to four panels, or of two rows with two panels."""
     if rows == 2:
         _dot_2x2(
             x, x_offset, x_step, w, offsets, w_stride, depth, 0, _FLOAT_LINE, start, start_offset, start_stride,

@@ -12,16 +12,8 @@ from __future__ import annotations
 from numba import njit
 
 from isologit.ops.cpu import ZEROS, attention_tile, rotate_and_cache
-from isologit.ops.simd import (
-    CACHE_LINE,
-    LINES_PER_PASS,
-    PANEL_WIDTH,
-    STREAM_CHUNK,
-    TILE_ROWS,
-    atomic_add,
-    make_tile_product,
-    monotonic_ns,
-)
+from isologit.ops.simd import CACHE_LINE, PANEL_WIDTH, TILE_ROWS, atomic_add, monotonic_ns
+from isologit.ops.tiles import LINES_PER_PASS, STREAM_CHUNK, make_tile_product
 
 MAX_CHUNKS = 512  # of a tile's stream
 _LEAST_ROWS = 2 * TILE_ROWS  # with fewer, weights are what a projection waits for

@@ -18,7 +18,8 @@ from numba import njit
 
 from isologit.ops.cpu import dot_short, panel_count, panel_portion
 from isologit.ops.memory import aligned
-from isologit.ops.simd import PANEL_WIDTH, atomic_add, bound_tile
+from isologit.ops.simd import PANEL_WIDTH, atomic_add
+from isologit.ops.tiles import bound_tile
 
 NOT_PICKED = -2  # a row whose logits must all be computed
 _LARGEST_BYTE = 127
