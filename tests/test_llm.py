@@ -152,15 +152,21 @@ def test_a_draft_model_of_another_vocabulary_is_refused(model: tuple[Path, Llama
         LLM(model[0], speculative_config={"method": "draft_model"})
 
 
-@pytest.mark.parametrize("shape", [{"heads": 4, "kv_heads": 4}, {"heads": 4, "kv_heads": 2}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"heads": 4, "kv_heads": 4, "head_dim": PANEL_WIDTH},
+        {"heads": 4, "kv_heads": 2, "head_dim": 2 * PANEL_WIDTH},
+    ],
+)
 def test_steps_that_go_head_by_head_change_no_bit(shape: dict[str, int], tmp_path: Path) -> None:
-    reference = save_model(tmp_path, **shape, head_dim=PANEL_WIDTH, tied=False, dtype=torch.float32)
+    reference = save_model(tmp_path, **shape, tied=False, dtype=torch.float32)
     prompts, sampling = workload(40, seed=1, return_logits=True)
     together = LLM(tmp_path, max_num_seqs=64, num_threads=2)
     outputs = together.generate(prompts, sampling)
-    assert heads_suit(40, shape["kv_heads"], PANEL_WIDTH, 2)
+    assert heads_suit(40, shape["kv_heads"], shape["head_dim"], 2)
     assert sum(step.num_tokens >= 24 for step in together.step_records) > 10
-    assert not heads_suit(3, shape["kv_heads"], PANEL_WIDTH, 2)
+    assert not heads_suit(3, shape["kv_heads"], shape["head_dim"], 2)
     few = LLM(tmp_path, max_num_seqs=3, max_num_batched_tokens=3, num_threads=2).generate(prompts, sampling)
     uneven = LLM(tmp_path, max_num_seqs=64, num_threads=3).generate(prompts, sampling)
     for a, b, c in zip(outputs, few, uneven, strict=True):
