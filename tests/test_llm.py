@@ -39,7 +39,7 @@ def save_model(
         num_key_value_heads=kv_heads,
         vocab_size=VOCAB,
         max_position_embeddings=256,
-        initializer_range=0.2,
+        initializer_range=0.2 * math.sqrt(16 / head_dim),  # wider layers of such weights would only amplify rounding
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
