@@ -24,7 +24,8 @@ def infer(
 ) -> None:
     """Run what is not finished yet as a new segment of the run, and record how it ended.
 
-    An interruption (KeyboardInterrupt) passes through once everything that is complete is on disk.
+    An interruption (KeyboardInterrupt) passes through once everything that the engine handed over is on disk; a request
+    whose captured rows were still to be made (half a second at most) runs again after a resume.
     """
     left = [request for request in requests if request.request_id not in journal.finished]
     if not left:
