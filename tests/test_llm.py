@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from isologit import LLM, GenerationRequest, RequestOutput, SamplingParams
 from isologit.engine.loop import LAST_TOKEN
 from isologit.errors import ConfigError, ModelError, RequestError
+from isologit.model.batch import FlatBatch
 from isologit.ops.heads import heads_suit
 from isologit.ops.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH
 
@@ -175,6 +176,35 @@ def test_steps_that_go_head_by_head_change_no_bit(shape: dict[str, int], tmp_pat
         assert np.array_equal(a.logits, c.logits)
         assert a.logits is not None
         assert np.abs(a.logits - reference_rows(reference, a)).max() < 1e-4
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_threads_with_sequences_of_their_own_change_no_bit(
+    return_logits: bool, model: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared with threads that compute everything together; bounds help each other's rows along in between."""
+    folder, _ = model
+    prompts, sampling = workload(90, seed=3, return_logits=return_logits)
+    threads = 3
+    apart = LLM(folder, max_num_seqs=90, num_threads=threads)
+    taken: list[int] = []
+    parts = apart._model._parts
+
+    def counted(batch: FlatBatch) -> list[FlatBatch]:
+        found = parts(batch)
+        taken.append(len(found))
+        return found
+
+    monkeypatch.setattr(apart._model, "_parts", counted)
+    outputs = apart.generate(prompts, sampling)
+    assert taken.count(threads) > 3
+    assert 1 in taken, "few rows are computed together"
+    together = LLM(folder, max_num_seqs=90, num_threads=threads)
+    monkeypatch.setattr(together._model, "_parts", lambda batch: [batch])
+    for a, b in zip(outputs, together.generate(prompts, sampling), strict=True):
+        assert a.token_ids == b.token_ids
+        if return_logits:
+            assert np.array_equal(a.logits, b.logits)
 
 
 def test_bit_identity_is_not_a_property_of_any_matrix_product() -> None:

@@ -73,6 +73,43 @@ def test_only_rows_with_logits_when_no_more_is_wanted(
     assert work.written_first.tolist() == batch.sequences[others].tolist()
 
 
+@given(_SEQUENCES, st.integers(1, 4), st.floats(0, 0.1), st.data())
+def test_parts_are_whole_sequences_of_about_the_same_cost(
+    sequences: list[tuple[int, int]], num_parts: int, rows_per_token: float, data: st.DataObject
+) -> None:
+    batch = _batch(sequences)
+    rows = len(batch.token_ids)
+    wanted = sorted(data.draw(st.sets(st.integers(0, rows - 1))))
+    batch = replace(
+        batch,
+        token_ids=np.arange(rows),
+        logits_rows=np.array(wanted, np.int64),
+        block_tables=np.arange(len(sequences))[:, None],
+    )
+    parts = batch.split(num_parts, rows_per_token)
+    if parts[0] is batch:
+        return
+    assert len(parts) == num_parts
+    assert np.concatenate([part.token_ids for part in parts]).tolist() == list(range(rows))
+    assert np.concatenate([part.block_tables for part in parts]).tolist() == batch.block_tables.tolist()
+    assert np.concatenate([part.token_ids[part.logits_rows] for part in parts]).tolist() == wanted
+    for part in parts:
+        first_row, counts, _ = part.sequences.T
+        assert first_row.tolist() == (np.cumsum(counts) - counts).tolist()
+        assert counts.sum() == len(part.token_ids)
+    assert np.concatenate([part.sequences[:, 1:] for part in parts]).tolist() == batch.sequences[:, 1:].tolist()
+    costs = [
+        sum(count * (1 + rows_per_token * (start + count)) for _, count, start in part.sequences) for part in parts
+    ]
+    assert max(costs) <= 1.1001 * sum(costs) / num_parts
+
+
+def test_sequences_that_cannot_be_dealt_evenly_stay_together() -> None:
+    batch = _batch([(300, 0), (20, 0), (20, 0)])
+    assert batch.split(2, 0.01)[0] is batch
+    assert len(_batch([(20, 0)] * 6).split(3, 0.01)) == 3
+
+
 def test_the_longest_item_comes_first() -> None:
     work = _batch([(1, 10), (300, 0), (1, 400)]).attention_work(12, 2, 2)
     tiles, items = work.tiles, work.items

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 _TILES_PER_ITEM = 4  # more would use a head's keys and values oftener, fewer keep the last thread from waiting
+_UNEVEN = 1.1  # a part that costs so many times the average is not worth waiting for
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,35 @@ class FlatBatch:
     block_tables: np.ndarray
     logits_rows: np.ndarray
     whole_logits: bool = False
+
+    def split(self, num_parts: int, rows_per_token: float) -> list[FlatBatch]:
+        """`num_parts` batches that follow each other, of whole sequences and about the same cost, or this one alone.
+
+        rows_per_token: what a token of a row's context costs, relative to the row. `argmax` and `final` of the parts'
+        steps, one after the other, are those of this batch.
+        """
+        first_row, counts, position = self.sequences.T
+        cost = np.append(0.0, np.cumsum(counts * (1 + rows_per_token * (position + counts))))
+        wanted = cost[-1] * np.arange(num_parts + 1) / num_parts
+        bounds = np.abs(cost - wanted[:, None]).argmin(axis=1)
+        if np.diff(cost[bounds]).max() > _UNEVEN * wanted[1]:
+            return [self]
+        parts = []
+        for first, last in pairwise(bounds):
+            start, end = first_row[first], first_row[last - 1] + counts[last - 1]
+            first_logit, last_logit = np.searchsorted(self.logits_rows, (start, end))
+            parts.append(
+                FlatBatch(
+                    token_ids=self.token_ids[start:end],
+                    positions=self.positions[start:end],
+                    slots=self.slots[start:end],
+                    sequences=self.sequences[first:last] - np.array([start, 0, 0]),
+                    block_tables=self.block_tables[first:last],
+                    logits_rows=self.logits_rows[first_logit:last_logit] - start,
+                    whole_logits=self.whole_logits,
+                )
+            )
+        return parts
 
     def attention_work(
         self, tokens_per_tile: int, num_kv_heads: int, num_threads: int, *, logits_only: bool = False

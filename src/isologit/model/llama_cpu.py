@@ -40,6 +40,7 @@ from isologit.ops.cpu import (
     rms_norm_tile,
     rotate_and_cache,
     tile_height,
+    wait_until,
 )
 from isologit.ops.heads import MAX_CHUNKS, attend, heads_suit, project_and_attend
 from isologit.ops.memory import aligned, zeros
@@ -49,6 +50,9 @@ from isologit.ops.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_
 _LONGEST_GOODBYE_S = 5.0  # for a thread that is still in a step
 _PAYING_PANELS = 20  # computed for each row, and a quarter of all once: so many cost less than the whole product
 _PAUSE_STEPS = 64  # without bounds after a step that computed more
+_COUNTERS_PER_PART = 4  # in `_choose`: whether it is ready, panels, threads that are busy with them, rows
+_LEAST_ROWS_APART = 2 * TILE_ROWS  # of a thread's own part of a step: with fewer, weights are what it waits for
+_FLOP_PER_BYTE = 5.0  # what a thread computes in the time in which it reads a byte of keys or values
 _COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, attention, output, gate-up, down
 
 # What the step's time is booked under, in the order of `LlamaCPU.phase_ns`.
@@ -220,37 +224,67 @@ def _step(
 
 @njit(nogil=True, cache=True)
 def _choose(
-    thread, num_threads, sync, counters, final, w_head, vocab, byte_weights, byte_columns, bytes_, byte_words,
-    rows_to_take, factors, tops, row_tops, row_scratch, offset_scratch, chosen, clock,
+    thread, num_threads, sync, counters, first_rows, final, w_head, vocab, byte_weights, byte_columns, bytes_,
+    byte_words, rows_to_take, factors, tops, row_tops, row_scratch, offset_scratch, chosen, clock,
 ):  # fmt: skip
-    """Index of the largest logit of each row of `final` [R, hidden], without the whole product; NOT_PICKED for some."""
-    rows, hidden = final.shape
-    height = tile_height(rows)
-    final_flat = final.reshape(-1)
+    """Index of the largest logit of each row of `final` [R, hidden], without the whole product; NOT_PICKED for some.
+
+    first_rows: int64 [parts + 1], where the rows of each part of the step begin. Part i is ready when thread i comes
+    here. A thread begins with its own part and then helps with the others, so that little waits for a late one.
+    """
+    hidden, num_panels, num_parts = final.shape[1], w_head.shape[0], first_rows.shape[0] - 1
     if thread == 0:
         clock[-1] = monotonic_ns()
-    for top in range(thread * height, rows, num_threads * height):
-        for r in range(top, min(rows, top + height)):
-            place = (top * hidden // 4 + (r - top)) * 4
-            chosen[r] = 0
-            if not quantise_row(final_flat, r * hidden, hidden, bytes_, place, height, rows_to_take, factors, r):
-                chosen[r] = NOT_PICKED
-    barrier(sync, num_threads)
-    _book(thread, clock, _ELEMENTWISE)
-    bound_panels(byte_words, height, rows, byte_weights, byte_columns, rows_to_take, factors, tops, counters, 0)
-    barrier(sync, num_threads)
-    _book(thread, clock, _HEAD)
-    row = atomic_add(counters, COUNTER_STRIDE, 1)
-    while row < rows:
-        if chosen[row] != NOT_PICKED:
-            chosen[row], panels = pick_row(
-                final_flat, row, rows, w_head, vocab, tops, row_tops[thread],
-                row_scratch[thread], ZEROS, offset_scratch[thread],
-            )  # fmt: skip
-            atomic_add(counters, 2 * COUNTER_STRIDE, panels)
-        row = atomic_add(counters, COUNTER_STRIDE, 1)
+    for turn in range(num_parts):
+        part = (thread + turn) % num_parts
+        first, last = first_rows[part], first_rows[part + 1]
+        rows, height = last - first, tile_height(last - first)
+        part_final, part_chosen = final[first:last].reshape(-1), chosen[first:last]
+        part_bytes = bytes_[(first + part * TILE_ROWS) * hidden :]
+        part_words = byte_words[(first + part * TILE_ROWS) * hidden // 4 :]
+        part_take, part_factors = rows_to_take[first:last], factors[first:last]
+        part_tops = tops[first * num_panels : last * num_panels]
+        ready = _COUNTERS_PER_PART * COUNTER_STRIDE * part
+        panel, busy, row = ready + COUNTER_STRIDE, ready + 2 * COUNTER_STRIDE, ready + 3 * COUNTER_STRIDE
+        if thread == part:
+            for top in range(0, rows, height):
+                for r in range(top, min(rows, top + height)):
+                    place = (top * hidden // 4 + (r - top)) * 4
+                    part_chosen[r] = 0
+                    if not quantise_row(
+                        part_final, r * hidden, hidden, part_bytes, place, height, part_take, part_factors, r
+                    ):
+                        part_chosen[r] = NOT_PICKED
+            atomic_add(counters, ready, 1)
+            _book(thread, clock, _ELEMENTWISE)
+        else:
+            wait_until(counters, ready, 1)
+        atomic_add(counters, busy, 1)
+        bound_panels(
+            part_words, height, rows, byte_weights, byte_columns, part_take, part_factors, part_tops, counters, panel
+        )
+        # NOTE: whoever comes here now finds no panel left, so the bounds are complete when nobody is busy.
+        atomic_add(counters, busy, -1)
+        wait_until(counters, busy, 0)
+        _book(thread, clock, _HEAD)
+        r = atomic_add(counters, row, 1)
+        while r < rows:
+            if part_chosen[r] != NOT_PICKED:
+                part_chosen[r], panels = pick_row(
+                    part_final, r, rows, w_head, vocab, part_tops, row_tops[thread],
+                    row_scratch[thread], ZEROS, offset_scratch[thread],
+                )  # fmt: skip
+                atomic_add(counters, _COUNTERS_PER_PART * COUNTER_STRIDE * num_parts, panels)
+            r = atomic_add(counters, row, 1)
+        _book(thread, clock, _ARGMAX)
     barrier(sync, num_threads)
     _book(thread, clock, _ARGMAX)
+
+
+@njit(nogil=True, cache=True)
+def _meet(thread, num_threads, sync):
+    """What ends the work of threads that each computed a part."""
+    barrier(sync, num_threads)
 
 
 @njit(nogil=True, cache=True)
@@ -355,7 +389,7 @@ class LlamaCPU:
         self.num_threads = num_threads
         self.max_model_len = max_model_len
         self._crew = _Crew(num_threads)
-        self._clock = np.zeros(len(PHASES) + 1, np.int64)
+        self._clocks = np.zeros((num_threads, len(PHASES) + 1), np.int64)
         self._steps_without_bounds = 0
         self._load(tensors)
         angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), rope_inv_freq(config))
@@ -422,12 +456,12 @@ class LlamaCPU:
 
     @property
     def phase_ns(self) -> dict[str, int]:
-        """Nanoseconds the steps since `reset_phases` spent in each of PHASES, waiting for other threads included."""
-        return dict(zip(PHASES, self._clock[:-1].tolist(), strict=True))
+        """Nanoseconds the first thread spent in each of PHASES since `reset_phases`, waiting for others included."""
+        return dict(zip(PHASES, self._clocks[0, :-1].tolist(), strict=True))
 
     def reset_phases(self) -> None:
         """Begin new books."""
-        self._clock[:] = 0
+        self._clocks[:] = 0
 
     @property
     def _value_width(self) -> int:
@@ -455,7 +489,7 @@ class LlamaCPU:
         self._attended = zeros((tokens, c.num_attention_heads * c.head_dim))
         self._kept_residual, self._kept_attended = zeros(self._residual.shape), zeros(self._attended.shape)
         # NOTE: what products read lies in tiles, of which the last may be only partly filled.
-        tiled = tokens + TILE_ROWS
+        tiled = tokens + TILE_ROWS * self.num_threads
         self._normed = zeros(tiled * c.hidden_size)
         self._packed = zeros(tiled * c.num_attention_heads * c.head_dim)
         self._gated = zeros(tiled * self._w_gate_up.shape[1] * VECTOR_WIDTH)
@@ -467,7 +501,8 @@ class LlamaCPU:
         self._score_scratch = zeros((self.num_threads, tile_rows, context))
         self._weight_scratch = zeros((self.num_threads, tile_rows * context))
         self._sum_scratch = zeros((self.num_threads, max(tile_rows, TILE_ROWS)))
-        self._counters = zeros(COUNTER_STRIDE * (_COUNTERS_PER_LAYER * c.num_hidden_layers + 3), np.int64)
+        counters = _COUNTERS_PER_LAYER * c.num_hidden_layers + 1
+        self._counters = zeros((self.num_threads, COUNTER_STRIDE * counters), np.int64)
         self._final = zeros((tokens, c.hidden_size))
         self._logits = zeros((0, self._w_head.shape[0] * PANEL_WIDTH))
         if self._byte_head is not None:
@@ -478,31 +513,94 @@ class LlamaCPU:
             self._row_tops = zeros((self.num_threads, _round_up(self._w_head.shape[0], TILE_ROWS)))
 
     def forward(self, batch: FlatBatch) -> StepOutput:
-        """Run one step; what is returned are views, valid until the next call of this object."""
+        """Run one step; what is returned are views, valid until the next call of this object.
+
+        With enough rows each thread computes sequences of its own, from the embedding to the last norm: then threads
+        do not wait for each other between operations, and while one waits for memory another computes.
+        """
+        parts, rows = self._parts(batch), len(batch.logits_rows)
+        final, chosen = self._final[:rows], np.empty(rows, np.int64)
+        first_rows = np.cumsum([0, *(len(part.token_ids) for part in parts)])
+        first_logits = np.cumsum([0, *(len(part.logits_rows) for part in parts)])
+        steps = [
+            self._step_arguments(
+                part, number, first_rows[number], final[slice(*first_logits[number : number + 2])], len(parts)
+            )
+            for number, part in enumerate(parts)
+        ]
+        sync, panels_computed = np.zeros(COUNTER_STRIDE, np.int64), COUNTER_STRIDE * _COUNTERS_PER_PART * len(parts)
+        counters = zeros(panels_computed + COUNTER_STRIDE, np.int64)
+        head = None if batch.whole_logits or self._steps_without_bounds else self._byte_head
+        choice: tuple[Any, ...] = ()
+        if head is not None:
+            choice = (
+                counters, first_logits, final, self._w_head, self.config.vocab_size, head.weights, head.columns,
+                self._final_bytes, self._final_bytes.view(np.int32), self._rows_to_take, self._factors, self._tops,
+                self._row_tops, self._row_scratch, self._offset_scratch, chosen, self._clocks[0],
+            )  # fmt: skip
+
+        def work(thread: int, num_threads: int) -> None:
+            if len(parts) > 1:
+                _step(0, 1, *steps[thread])
+            else:
+                _step(thread, num_threads, *steps[0])
+            (_choose if choice else _meet)(thread, num_threads, sync, *choice)
+
+        self._crew.run(work)
+        if batch.whole_logits:
+            logits, chosen = self._whole_rows(final)
+            return StepOutput(chosen, final, logits)
+        if head is None:
+            self._steps_without_bounds = max(0, self._steps_without_bounds - 1)
+            return StepOutput(self._whole_rows(final)[1], final, None)
+        if counters[panels_computed] > len(self._w_head) // 4 + _PAYING_PANELS * rows:
+            self._steps_without_bounds = _PAUSE_STEPS
+        open_rows = np.flatnonzero(chosen == NOT_PICKED)
+        if len(open_rows):
+            chosen[open_rows] = self._whole_rows(final[open_rows])[1]
+        return StepOutput(chosen, final, None)
+
+    def _parts(self, batch: FlatBatch) -> list[FlatBatch]:
+        """One for each thread, or the whole batch for all."""
+        if self.num_threads == 1 or len(batch.token_ids) < _LEAST_ROWS_APART * self.num_threads:
+            return [batch]
+        parts = batch.split(self.num_threads, self._rows_per_token())
+        return parts if min(len(part.token_ids) for part in parts) >= _LEAST_ROWS_APART else [batch]
+
+    def _rows_per_token(self) -> float:
+        """What a token of context costs, relative to a row."""
         c = self.config
-        rows, tokens = batch.logits_rows.shape[0], batch.token_ids.shape[0]
-        work = batch.attention_work(self.tile_tokens, c.num_key_value_heads, self.num_threads)
+        parameters = sum(array.size for array in (self._w_qkv, self._w_out, self._w_gate_up, self._w_down))
+        read = 4 * c.num_hidden_layers * c.num_key_value_heads * (c.head_dim + self._value_width)
+        return _FLOP_PER_BYTE * read / (2 * parameters)
+
+    def _step_arguments(
+        self, part: FlatBatch, number: int, first_row: int, final: np.ndarray, num_parts: int
+    ) -> tuple[Any, ...]:
+        """What `_step` wants for the `number`-th part of a step, whose rows begin at `first_row`."""
+        c, tokens, num_threads = self.config, len(part.token_ids), self.num_threads // num_parts
+        work = part.attention_work(self.tile_tokens, c.num_key_value_heads, num_threads)
         last = work
-        if rows < tokens:
-            last = batch.attention_work(self.tile_tokens, c.num_key_value_heads, self.num_threads, logits_only=True)
-        final = self._final[:rows]
-        self._run(
-            _step,
-            batch.token_ids, batch.positions, batch.slots, work.tiles, work.items, work.written_first,
-            last.tiles, last.items, last.written_first, batch.block_tables, batch.logits_rows,
+        if len(final) < tokens:
+            last = part.attention_work(self.tile_tokens, c.num_key_value_heads, num_threads, logits_only=True)
+        rows, own = slice(first_row, first_row + tokens), slice(number, None)
+        tiled = first_row + number * TILE_ROWS
+        self._counters[number] = 0
+        return (
+            np.zeros(COUNTER_STRIDE, np.int64), self._counters[number],
+            part.token_ids, part.positions, part.slots, work.tiles, work.items, work.written_first,
+            last.tiles, last.items, last.written_first, part.block_tables, part.logits_rows,
             self._embedding, self._input_gains, self._post_gains, self._final_gain,
             self._w_qkv, self._w_out, self._w_gate_up, self._w_down,
             c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size,
             self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,
-            self._residual[:tokens], self._normed, self._qkv[:tokens], self._attended[:tokens], self._packed,
-            self._gated, self._kept_residual, self._kept_attended, self._query_scratch, self._score_scratch,
-            self._weight_scratch, self._sum_scratch, self._row_scratch, self._offset_scratch,
-            self._chunk_scratch, final, self._clock,
+            self._residual[rows], self._normed[tiled * c.hidden_size :], self._qkv[rows], self._attended[rows],
+            self._packed[tiled * c.num_attention_heads * c.head_dim :],
+            self._gated[tiled * self._w_gate_up.shape[1] * VECTOR_WIDTH :],
+            self._kept_residual[rows], self._kept_attended[rows], self._query_scratch[own], self._score_scratch[own],
+            self._weight_scratch[own], self._sum_scratch[own], self._row_scratch[own], self._offset_scratch[own],
+            self._chunk_scratch[own], final, self._clocks[number],
         )  # fmt: skip
-        if batch.whole_logits:
-            logits, chosen = self._whole_rows(final)
-            return StepOutput(chosen, final, logits)
-        return StepOutput(self._choose(final), final, None)
 
     def project(self, final: np.ndarray) -> np.ndarray:
         """Logits float32 [n, vocab] of n rows of `StepOutput.final`, bit for bit those of their own steps."""
@@ -512,26 +610,6 @@ class LlamaCPU:
             logits[part] = self._whole_rows(final[part])[0]
         return logits
 
-    def _choose(self, final: np.ndarray) -> np.ndarray:
-        """Index of the largest logit of each row, int64 [R]."""
-        byte_head = self._byte_head
-        if byte_head is None or self._steps_without_bounds:
-            self._steps_without_bounds = max(0, self._steps_without_bounds - 1)
-            return self._whole_rows(final)[1]
-        chosen = np.empty(len(final), np.int64)
-        self._run(
-            _choose, final, self._w_head, self.config.vocab_size, byte_head.weights, byte_head.columns,
-            self._final_bytes, self._final_bytes.view(np.int32), self._rows_to_take, self._factors, self._tops,
-            self._row_tops, self._row_scratch, self._offset_scratch, chosen, self._clock,
-        )  # fmt: skip
-        num_panels = len(self._w_head)
-        if self._counters[2 * COUNTER_STRIDE] > num_panels // 4 + _PAYING_PANELS * len(final):
-            self._steps_without_bounds = _PAUSE_STEPS
-        open_rows = np.flatnonzero(chosen == NOT_PICKED)
-        if len(open_rows):
-            chosen[open_rows] = self._whole_rows(final[open_rows])[1]
-        return chosen
-
     def _whole_rows(self, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits float32 [R, vocab], and the index of the largest, int64 [R]; -1 where there is NaN."""
         rows = len(final)
@@ -540,14 +618,14 @@ class LlamaCPU:
         chosen = np.empty(rows, np.int64)
         self._run(
             _project, final, self._w_head, self.config.vocab_size, self._normed, self._row_scratch,
-            self._offset_scratch, self._logits, chosen, self._clock,
+            self._offset_scratch, self._logits, chosen, self._clocks[0],
         )  # fmt: skip
         return self._logits[:rows, : self.config.vocab_size], chosen
 
     def _run(self, function: Any, *args: Any) -> None:
         """`function` on all threads, its barrier and its counters at zero."""
-        self._counters[:] = 0
-        self._crew.run(function, np.zeros(COUNTER_STRIDE, np.int64), self._counters, *args)
+        self._counters[0] = 0
+        self._crew.run(function, np.zeros(COUNTER_STRIDE, np.int64), self._counters[0], *args)
 
     def log_normalisers(self, rows: int) -> np.ndarray:
         """log(sum(exp(logits))) of the first `rows` rows of the last step, float64 [rows]."""

@@ -80,6 +80,16 @@ def barrier(sync, num_threads):
 
 
 @njit(nogil=True)
+def wait_until(counters, counter, value):
+    """Wait until `counters[counter]` (int64) has the value."""
+    spins = 0
+    while atomic_load(counters, counter) != value:
+        spins += 1
+        if spins > _SPINS_BEFORE_YIELD:
+            yield_processor()
+
+
+@njit(nogil=True)
 def tile_height(rows):
     """Rows of a tile in a step of `rows` rows: as few tiles as there can be, of even heights."""
     tiles = max(1, -(-rows // TILE_ROWS))
@@ -393,7 +403,7 @@ def _scores(
     """Products of `rows` queries [head_dim, rows] with the keys of all blocks: `scores`, rows of `scores_stride`."""
     num_blocks = (context + PANEL_WIDTH - 1) // PANEL_WIDTH
     panel_size = head_dim * PANEL_WIDTH
-    side_by_side = 4 if rows == 1 else 2 if rows == 2 else 1
+    side_by_side = 2 if rows == 2 else 1
     b = 0
     while b < num_blocks:
         ahead = min(side_by_side, num_blocks - b)
