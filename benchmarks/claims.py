@@ -99,8 +99,9 @@ def _against_best(what: str, found: dict[str, Any] | None, most: float) -> Claim
 def _limit(what: str, found: dict[str, Any] | None, least: float) -> Claim:
     if found is None:
         return Claim(what, "", None)
-    share = found["summary"][_OURS]["limit_over_time"]
-    return Claim(what, f"{share:.2f}", share >= least)
+    ours = found["summary"][_OURS]
+    share = ours["limit_over_time"]
+    return Claim(what, f"{share:.2f}; {ours['tile_limit_over_time']:.2f} by the tile loop's rate", share >= least)
 
 
 def _flat(few: dict[str, Any] | None, many: dict[str, Any] | None) -> Claim:

@@ -22,7 +22,8 @@ import torch
 
 from isologit import LLM, GenerationRequest, SamplingParams
 from isologit.config import load_model_config
-from isologit.job.profile import measure_limits, profile
+from isologit.job.machine import measure_limits
+from isologit.job.profile import profile
 from isologit.workload import contest_lengths
 
 

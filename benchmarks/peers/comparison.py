@@ -129,8 +129,7 @@ class Comparison:
 
     def _save(self, output: Path) -> None:
         if self.result["runs"]:
-            limits = [limit["limit_s"] for limit in self.result["limits"]]
-            self.result["summary"] = summarise(self.result["runs"], limits)
+            self.result["summary"] = summarise(self.result["runs"], self.result["limits"])
         output.write_text(json.dumps(self.result, indent=2) + "\n")
         output.with_suffix(".md").write_text(markdown(self.result))
 

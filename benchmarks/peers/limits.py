@@ -12,33 +12,27 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from isologit.config import ModelConfig
+from isologit.job.machine import MachineLimits
 
 _SLOTS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 _MEASURE = """
 import json
-from isologit.job.profile import product_rate, streaming_rate
-print(json.dumps({"flops": product_rate(), "bytes_per_s": streaming_rate()}))
+from dataclasses import asdict
+from isologit.job.machine import measure_limits
+print(json.dumps(asdict(measure_limits())))
 """
 
 
-@dataclass(frozen=True)
-class Rates:
-    """float32 matrix products of the library in FLOP/s, and reading memory in bytes/s."""
-
-    flops: float
-    bytes_per_s: float
-
-
-def measure_rates() -> Rates:
+def measure_rates() -> MachineLimits:
     """Measure in a process of its own, so that no thread pool stays behind."""
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", _MEASURE], cwd=root, capture_output=True, text=True, check=True)
-    return Rates(**json.loads(done.stdout))
+    return MachineLimits(**json.loads(done.stdout))
 
 
 def step_rows(lengths: Sequence[tuple[int, int]], slots: int) -> list[tuple[int, int]]:
@@ -63,17 +57,28 @@ def step_rows(lengths: Sequence[tuple[int, int]], slots: int) -> list[tuple[int,
 def least_seconds(
     config: ModelConfig,
     lengths: Sequence[tuple[int, int]],
-    rates: Rates,
+    rates: MachineLimits,
     bytes_per_weight: int,
     slots: Sequence[int] = _SLOTS,
 ) -> dict[str, Any]:
-    """`limit_s` at the number of slots where it is least, with that number, the steps and the operations."""
+    """`limit_s` at the number of slots where it is least, with that number, the steps and the operations.
+
+    It is what the library's product allows; `tile_limit_s` is the same at the rate of this engine's tile loop.
+    """
     stream_s = config.num_matmul_parameters * bytes_per_weight / rates.bytes_per_s
+    work = {
+        count: [config.product_flop(tokens, logits) for tokens, logits in step_rows(lengths, count)] for count in slots
+    }
 
-    def limit(count: int) -> dict[str, Any]:
-        steps = step_rows(lengths, count)
-        work = [config.product_flop(tokens, logits) for tokens, logits in steps]
-        seconds = sum(max(flops / rates.flops, stream_s) for flops in work)
-        return {"limit_s": seconds, "slots": count, "steps": len(steps), "flop": sum(work)}
+    def limit(count: int, flops: float) -> float:
+        return sum(max(operations / flops, stream_s) for operations in work[count])
 
-    return {**min((limit(count) for count in slots), key=lambda found: found["limit_s"]), **asdict(rates)}
+    best = min(slots, key=lambda count: limit(count, rates.flops))
+    return {
+        "limit_s": limit(best, rates.flops),
+        "tile_limit_s": min(limit(count, rates.tile_flops) for count in slots),
+        "slots": best,
+        "steps": len(work[best]),
+        "flop": sum(work[best]),
+        **asdict(rates),
+    }

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from isologit.config import ModelConfig
-from isologit.job.profile import LAYER_PRODUCTS, MachineLimits, profile
+from isologit.job.machine import MachineLimits
+from isologit.job.profile import LAYER_PRODUCTS, profile
 
 CONFIG = ModelConfig.from_preset("llama-110m")
 
@@ -22,7 +23,7 @@ def step(start: float, end: float, tokens: int, logits: int) -> dict[str, Any]:
 def test_shares_sum_to_one_and_rates_follow() -> None:
     steps = [step(0.0, 1.0, 100, 50), step(1.0, 2.0, 1, 1)]
     phases = dict.fromkeys(LAYER_PRODUCTS, 0.2) | {"head": 0.2, "attention": 0.3, "elementwise": 0.2, "argmax": 0.1}
-    found = profile(steps, phases, CONFIG, MachineLimits(1e12, 1e10), weight_bytes=10**9, step_bytes=9 * 10**8)
+    found = profile(steps, phases, CONFIG, MachineLimits(1e12, 2e12, 1e10), weight_bytes=10**9, step_bytes=9 * 10**8)
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert found["shares"]["products"] == pytest.approx(0.5)
     assert found["shares"]["sampling"] == pytest.approx(0.06)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.peers.limits import Rates, least_seconds, step_rows
+from benchmarks.peers.limits import least_seconds, step_rows
 from benchmarks.peers.systems import SYSTEMS
 from benchmarks.peers.table import agreement, summarise
 from benchmarks.peers.workloads import WORKLOADS, random_requests, workload_file
 
 from isologit.config import PRESETS
+from isologit.job.machine import MachineLimits
 
 CONFIG = PRESETS["llama-110m"]
 
@@ -27,17 +28,18 @@ def test_steps_of_two_slots_start_the_longest_first() -> None:
 
 
 def test_one_request_is_bound_by_streaming_and_a_long_prompt_by_products() -> None:
-    rates = Rates(flops=200e9, bytes_per_s=20e9)
+    rates = MachineLimits(flops=200e9, tile_flops=400e9, bytes_per_s=20e9)
     stream_s = CONFIG.num_matmul_parameters * 4 / rates.bytes_per_s
     alone = least_seconds(CONFIG, [(1, 100)], rates, bytes_per_weight=4)
     assert alone["limit_s"] == pytest.approx(100 * stream_s)
     prompt = least_seconds(CONFIG, [(2048, 1)], rates, bytes_per_weight=4)
     assert prompt["limit_s"] == pytest.approx(prompt["flop"] / rates.flops)
     assert prompt["limit_s"] > stream_s
+    assert prompt["tile_limit_s"] == pytest.approx(prompt["limit_s"] / 2)
 
 
 def test_weights_of_two_bytes_halve_the_limit_of_one_request() -> None:
-    rates = Rates(flops=200e9, bytes_per_s=20e9)
+    rates = MachineLimits(flops=200e9, tile_flops=400e9, bytes_per_s=20e9)
     four = least_seconds(CONFIG, [(1, 100)], rates, bytes_per_weight=4)["limit_s"]
     assert least_seconds(CONFIG, [(1, 100)], rates, bytes_per_weight=2)["limit_s"] == pytest.approx(four / 2)
 
@@ -47,12 +49,13 @@ def test_summary_has_medians_and_ratios_to_this_engine() -> None:
         *({"system": "isologit", "seconds": s} for s in (9.0, 2.0, 1.0)),
         *({"system": "vllm", "seconds": s} for s in (6.0, 4.0)),
     ]
-    summary = summarise(runs, limits_s=[1.0, 1.0, 7.0])
+    summary = summarise(runs, limits=[{"limit_s": s, "tile_limit_s": s / 2} for s in (1.0, 1.0, 7.0)])
     assert summary["isologit"] == {
         "median_s": 2.0,
         "least_s": 1.0,
         "most_s": 9.0,
         "limit_over_time": 0.5,
+        "tile_limit_over_time": 0.25,
         "times_isologit": 1.0,
     }
     assert summary["vllm"]["times_isologit"] == 2.5

@@ -84,7 +84,9 @@ def _profile(found: dict[str, Any]) -> Table:
         table.add_row(name, f"{found['seconds'][name]:.3f} s, {share:.1%}")
     table.add_row("outside the model", f"{found['host_share']:.1%}")
     table.add_row(
-        "products", f"{found['product_gflops']:.0f} GFLOP/s; the machine {found['machine_product_gflops']:.0f}"
+        "products",
+        f"{found['product_gflops']:.0f} GFLOP/s; a tile in the near caches {found['tile_gflops']:.0f}, "
+        f"the library {found['library_product_gflops']:.0f}",
     )
     if found["narrow_steps"]:
         table.add_row(

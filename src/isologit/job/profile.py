@@ -1,57 +1,17 @@
-"""Where the time of a run's steps went, beside what the machine was measured to do. Computes; measures two rates."""
+"""Where the time of a run's steps went, beside what the machine was measured to do. Computes only."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from isologit.config import ModelConfig
+from isologit.job.machine import MachineLimits
 
 LAYER_PRODUCTS = ("qkv", "output", "gate_up", "down")
 _NARROW_ROWS = 2  # steps of so few rows do little else than stream the weights
-
-
-@dataclass(frozen=True)
-class MachineLimits:
-    """FLOP/s of a float32 matrix product of the library, bytes/s of one pass over memory larger than the caches."""
-
-    flops: float
-    bytes_per_s: float
-
-
-def measure_limits() -> MachineLimits:
-    """Measure both rates with torch, on as many threads as it has (about two seconds)."""
-    return MachineLimits(product_rate(), streaming_rate())
-
-
-def product_rate(size: int = 2048, repeats: int = 7) -> float:
-    """Median FLOP/s of a square float32 product."""
-    x, y = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / _median_seconds(lambda: torch.mm(x, y), repeats)
-
-
-def streaming_rate(megabytes: int = 400, repeats: int = 7) -> float:
-    """Median bytes/s of reading memory far larger than the caches, in a dot product of its halves.
-
-    A matrix-vector product of the library reads at half that rate on some machines.
-    """
-    half = megabytes * 2**20 // 8
-    first, second = torch.randn(half), torch.randn(half)
-    return 8 * half / _median_seconds(lambda: torch.dot(first, second), repeats)
-
-
-def _median_seconds(work: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def profile(
@@ -68,8 +28,8 @@ def profile(
     steps: the records of one segment. phase_seconds: what the model booked in it. weight_bytes: of all products.
     step_bytes: what a step reads of them, with the bytes that may stand for the last one. product_gflops leaves the
     last product out, as most logits need not be computed. limit_over_time compares with the roofline of each step
-    (Williams et al. 2009): the larger of its products, the whole last one among them, at the product rate and one pass
-    over the weights at the streaming rate.
+    (Williams et al. 2009): the larger of its products, the whole last one among them, at the library's rate and one
+    pass over the weights at the streaming rate.
     """
 
     def total(name: str) -> float:
@@ -95,7 +55,8 @@ def profile(
         "shares": {name: seconds / busy for name, seconds in parts.items()},
         "host_share": (busy - model) / busy,
         "product_gflops": (sum(work) - last_flop) / in_layers / 1e9,
-        "machine_product_gflops": limits.flops / 1e9,
+        "library_product_gflops": limits.flops / 1e9,
+        "tile_gflops": limits.tile_flops / 1e9,
         "narrow_steps": len(narrow),
         "narrow_step_gb_per_s": step_bytes / float(np.median(narrow)) / 1e9 if narrow else None,
         "machine_gb_per_s": limits.bytes_per_s / 1e9,

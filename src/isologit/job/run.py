@@ -19,10 +19,11 @@ from isologit.job.engine import Engine, EngineFactory, ReferenceFactory, TimedRe
 from isologit.job.folder import CERTIFICATE, OUTPUTS, RESULT, STEPS, OutputFolder
 from isologit.job.inference import infer
 from isologit.job.journal import Journal
+from isologit.job.machine import measure_limits
 from isologit.job.options import RunOptions
 from isologit.job.outputs import output_lines, step_lines
 from isologit.job.preprocess import Prepared, preprocess
-from isologit.job.profile import measure_limits, profile
+from isologit.job.profile import profile
 from isologit.job.progress import Observer, Silent
 from isologit.job.proof import add_contest_rows, fresh_capture_seed, hashes, make_certificate, plan_capture, save_rows
 from isologit.job.result import Clock, Findings, RunResult, build_result, inference_seconds

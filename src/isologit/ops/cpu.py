@@ -255,6 +255,24 @@ def linear(
             panel += 1
 
 
+@njit(nogil=True, cache=True)
+def multiply_tiles(thread, num_threads, sync, x, panels, start, out, times):
+    """The products of all full tiles of `x` [tiles, K, TILE_ROWS] with all `panels`, `times` times, by every thread.
+
+    What the tile loop can do is measured with it; the results in `out` [threads, tile] are overwritten.
+    """
+    flat, tiles = panels.reshape(-1), x.reshape(-1)
+    depth = x.shape[1]
+    for _ in range(times):
+        for panel in range(panels.shape[0]):
+            for tile in range(x.shape[0]):
+                dot_tile(
+                    tiles, tile * depth * TILE_ROWS, TILE_ROWS, flat, panel * depth * PANEL_WIDTH, PANEL_WIDTH, depth,
+                    0, 0, start, 0, 0, out[thread], 0, PANEL_WIDTH, TILE_ROWS,
+                )  # fmt: skip
+    barrier(sync, num_threads)
+
+
 @njit(nogil=True)
 def _short_product(x, w, offsets, depth, fetch, scratch, out, out_offset, out_stride, rows, epilogue):
     """One row with four panels, or two rows with two."""
