@@ -27,7 +27,14 @@ from isologit.model.step import (
     project_rows,
     run_step,
 )
-from isologit.ops.cpu import COUNTER_STRIDE, SCRATCH_SIZE, interleave_gate_up, pack_weight, panel_count
+from isologit.ops.cpu import (
+    COUNTER_STRIDE,
+    SCRATCH_SIZE,
+    interleave_gate_up,
+    kv_block_size,
+    pack_weight,
+    panel_count,
+)
 from isologit.ops.heads import MAX_CHUNKS
 from isologit.ops.memory import aligned, zeros
 from isologit.ops.shortlist import NOT_PICKED, pack_byte_head
@@ -130,7 +137,8 @@ class LlamaCPU:
     def kv_bytes_per_block(self) -> int:
         """Bytes of keys and values of one block over all layers."""
         c = self.config
-        return 4 * c.num_hidden_layers * c.num_key_value_heads * self.block_size * (c.head_dim + self._value_width)
+        block_size: int = kv_block_size(c.head_dim, self._value_width)
+        return 4 * c.num_hidden_layers * c.num_key_value_heads * block_size
 
     @property
     def phase_ns(self) -> dict[str, int]:
@@ -148,12 +156,10 @@ class LlamaCPU:
     def allocate_kv(self, num_blocks: int) -> None:
         """Make room for `num_blocks` blocks of `block_size` tokens; all is written, so no step waits for a page."""
         c = self.config
-        per_block = c.num_key_value_heads * self.block_size
-        self._keys = self._values = zeros((c.num_hidden_layers, 0))  # the old ones go first
-        self._keys = zeros((c.num_hidden_layers, num_blocks * per_block * c.head_dim))
-        self._values = zeros((c.num_hidden_layers, num_blocks * per_block * self._value_width))
-        self._keys.fill(0)
-        self._values.fill(0)
+        self._kv = zeros((c.num_hidden_layers, 0))  # the old one goes first
+        per_block = c.num_key_value_heads * kv_block_size(c.head_dim, self._value_width)
+        self._kv = zeros((c.num_hidden_layers, num_blocks * per_block))
+        self._kv.fill(0)
 
     def reserve(self, max_num_batched_tokens: int) -> None:
         """Allocate the step's buffers for up to `max_num_batched_tokens` tokens."""
@@ -271,7 +277,7 @@ class LlamaCPU:
             self._embedding, self._input_gains, self._post_gains, self._final_gain,
             self._w_qkv, self._w_out, self._w_gate_up, self._w_down,
             c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size,
-            self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._keys, self._values,
+            self._value_width, np.float32(c.rms_norm_eps), self._cos, self._sin, self._kv,
             self._residual[rows], self._normed[tiled * c.hidden_size :], self._qkv[rows], self._attended[rows],
             self._packed[tiled * c.num_attention_heads * c.head_dim :],
             self._gated[tiled * self._w_gate_up.shape[1] * VECTOR_WIDTH :],

@@ -68,7 +68,7 @@ def run_step(
     token_ids, positions, slots, tiles, items, written_first, last_tiles, last_items, last_written_first,
     block_tables, logits_rows,
     embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down,
-    num_heads, num_kv_heads, head_dim, hidden, intermediate, value_width, eps, cos, sin, keys, values,
+    num_heads, num_kv_heads, head_dim, hidden, intermediate, value_width, eps, cos, sin, kv,
     residual, normed, qkv, attended, packed, gated, kept_residual, kept_attended,
     query_scratch, score_scratch, weight_scratch, sum_scratch, row_scratch, offset_scratch,
     chunk_scratch, final, clock,
@@ -107,15 +107,15 @@ def run_step(
         )  # fmt: skip
         barrier(sync, num_threads)
         _book(thread, clock, _ELEMENTWISE)
-        layer_keys, layer_values = keys[layer], values[layer]
+        layer_kv = kv[layer]
         if layer == last_layer:
             tiles, items, written_first = last_tiles, last_items, last_written_first
         projecting = 0
         if by_head:
             projecting = project_and_attend(
                 normed, height, hidden, rows, w_qkv[layer], qkv_flat, qkv_stride, positions, slots, tiles,
-                written_first, block_tables, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys,
-                layer_values, attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch,
+                written_first, block_tables, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_kv,
+                attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch,
                 offsets, chunk_scratch[thread], counters, counter,
             )  # fmt: skip
         else:
@@ -133,13 +133,13 @@ def run_step(
                 for sequence in range(written_first.shape[0]):
                     rotate_and_cache(
                         qkv_flat, qkv_stride, written_first[sequence, 0], written_first[sequence, 1], positions, slots,
-                        first, last, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_keys, layer_values,
+                        first, last, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_kv,
                     )  # fmt: skip
                 barrier(sync, num_threads)
                 _book(thread, clock, _ELEMENTWISE)
             attend(
                 qkv_flat, qkv_stride, positions, slots, tiles, items, block_tables, num_heads, num_kv_heads, head_dim,
-                value_width, cos, sin, layer_keys, layer_values, attended_flat, heads_size, queries, scores,
+                value_width, cos, sin, layer_kv, attended_flat, heads_size, queries, scores,
                 scores_stride, weights, sums, scratch, offsets, counters, counter,
             )  # fmt: skip
         counter += COUNTER_STRIDE

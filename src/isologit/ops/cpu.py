@@ -318,16 +318,22 @@ def rotate_row(x, offset, half, cos, sin, angle_offset):
 
 
 @njit(nogil=True, forceinline=True)
+def kv_block_size(head_dim, value_width):
+    """float32 of one block of keys and values of one head."""
+    return PANEL_WIDTH * (head_dim + value_width)
+
+
+@njit(nogil=True, forceinline=True)
 def rotate_and_cache(
     qkv, stride, row, rows, positions, slots, first_head, last_head, num_heads, num_kv_heads, head_dim, value_width,
-    cos, sin, keys, values,
+    cos, sin, kv,
 ):  # fmt: skip
     """Rotate queries and keys of the KV heads from `first_head` on and write their keys and values into the cache.
 
     The rows are `rows` consecutive tokens of one sequence from `row` on. qkv rows: [q heads | k heads | v heads] x
-    head_dim. keys: [blocks, kv heads, head_dim, PANEL_WIDTH] flat, so that one block is a product panel; values:
-    [blocks, kv heads, PANEL_WIDTH, value_width] flat. Tokens of one block are written together: their keys are
-    neighbours in memory.
+    head_dim. kv: [blocks, kv heads, kv_block_size] flat. Of a block and head, first come the keys, [head_dim,
+    PANEL_WIDTH], so that they are a product panel, then the values, [PANEL_WIDTH, value_width]: what is read together
+    lies together. Tokens of one block are written together: their keys are neighbours in memory.
     """
     group = num_heads // num_kv_heads
     half = head_dim // 2
@@ -342,16 +348,16 @@ def rotate_and_cache(
                 rotate_row(qkv, r * stride + head * head_dim, half, cos, sin, positions[r] * half)
         for head in range(first_head, last_head):
             source = row * stride + (num_heads + head) * head_dim
-            panel = slots[row] // PANEL_WIDTH * num_kv_heads + head
-            target = panel * head_dim * PANEL_WIDTH + column
+            block = (slots[row] // PANEL_WIDTH * num_kv_heads + head) * kv_block_size(head_dim, value_width)
+            target = block + column
             for r in range(count):
                 first, place = np.uint64(source + r * stride), np.uint64(target + r)
                 for i in range(np.uint64(head_dim)):
-                    keys[place + i * np.uint64(PANEL_WIDTH)] = qkv[first + i]
+                    kv[place + i * np.uint64(PANEL_WIDTH)] = qkv[first + i]
             source += num_kv_heads * head_dim
-            target = (panel * PANEL_WIDTH + column) * value_width
+            target = block + PANEL_WIDTH * head_dim + column * value_width
             for r in range(count):
-                scale_row(qkv, source + r * stride, np.float32(1.0), values, target + r * value_width, head_dim)
+                scale_row(qkv, source + r * stride, np.float32(1.0), kv, target + r * value_width, head_dim)
         row += count
 
 
@@ -371,7 +377,7 @@ def softmax_row(scores, offset, length, padded, scale):
 @njit(nogil=True, forceinline=True)
 def attention_tile(
     qkv, qkv_stride, first_row, num_rows, first_position, tables, sequence, kv_head, num_heads, num_kv_heads, head_dim,
-    value_width, keys, values, out, out_stride, queries, scores, scores_stride, weights, sums, scratch, offsets,
+    value_width, kv, out, out_stride, queries, scores, scores_stride, weights, sums, scratch, offsets,
     next_sequence, next_head, next_blocks,
 ):  # fmt: skip
     """Causal attention of `num_rows` consecutive tokens of one sequence for the query heads of one KV head.
@@ -393,8 +399,8 @@ def attention_tile(
         for r in range(num_rows):
             pack_tile(qkv, source + r * qkv_stride, head_dim, group, head_dim, queries, r * group, total_rows)
     _scores(
-        queries, total_rows, context, tables, sequence, kv_head, num_kv_heads, head_dim, keys, scores, scores_stride,
-        scratch, offsets, next_sequence, next_head, next_blocks,
+        queries, total_rows, context, tables, sequence, kv_head, num_kv_heads, head_dim, value_width, kv, scores,
+        scores_stride, scratch, offsets, next_sequence, next_head, next_blocks,
     )  # fmt: skip
     padded = -(-context // PANEL_WIDTH) * PANEL_WIDTH
     for r in range(num_rows):
@@ -403,8 +409,8 @@ def attention_tile(
             sums[row] = softmax_row(scores, row * scores_stride, first_position + r + 1, padded, scale)
     pack_tile(scores, 0, scores_stride, total_rows, padded, weights, 0, total_rows)
     _weighted_values(
-        weights, total_rows, context, tables, sequence, kv_head, num_kv_heads, value_width, values, queries, offsets,
-        next_sequence, next_head, next_blocks,
+        weights, total_rows, context, tables, sequence, kv_head, num_kv_heads, head_dim, value_width, kv, queries,
+        offsets, next_sequence, next_head, next_blocks,
     )  # fmt: skip
     for r in range(num_rows):
         for g in range(group):
@@ -415,30 +421,30 @@ def attention_tile(
 
 @njit(nogil=True, forceinline=True)
 def _scores(
-    queries, rows, context, tables, sequence, kv_head, num_kv_heads, head_dim, keys, scores, scores_stride, scratch,
-    offsets, next_sequence, next_head, next_blocks,
+    queries, rows, context, tables, sequence, kv_head, num_kv_heads, head_dim, value_width, kv, scores, scores_stride,
+    scratch, offsets, next_sequence, next_head, next_blocks,
 ):  # fmt: skip
     """Products of `rows` queries [head_dim, rows] with the keys of all blocks: `scores`, rows of `scores_stride`."""
     num_blocks = (context + PANEL_WIDTH - 1) // PANEL_WIDTH
-    panel_size = head_dim * PANEL_WIDTH
+    size = kv_block_size(head_dim, value_width)
     side_by_side = 2 if rows == 2 else 1
     b = 0
     while b < num_blocks:
         ahead = min(side_by_side, num_blocks - b)
         for i in range(ahead):
-            place = (tables[sequence, b + i] * num_kv_heads + kv_head) * panel_size
+            place = (tables[sequence, b + i] * num_kv_heads + kv_head) * size
             offsets[2 * i], offsets[2 * i + 1] = place, 0
             if b + i < next_blocks:
-                offsets[2 * i + 1] = (tables[next_sequence, b + i] * num_kv_heads + next_head) * panel_size - place
+                offsets[2 * i + 1] = (tables[next_sequence, b + i] * num_kv_heads + next_head) * size - place
         column = b * PANEL_WIDTH
         if rows > 2 or (rows == 2 and ahead == 1):
             _dot_rows(
-                queries, 0, rows, keys, offsets[0], PANEL_WIDTH, head_dim, offsets[1], scratch, ZEROS, 0,
+                queries, 0, rows, kv, offsets[0], PANEL_WIDTH, head_dim, offsets[1], scratch, ZEROS, 0,
                 scores, column, scores_stride, rows,
             )  # fmt: skip
         else:
             dot_short(
-                queries, 0, rows, keys, offsets, PANEL_WIDTH, head_dim, scratch, ZEROS, 0,
+                queries, 0, rows, kv, offsets, PANEL_WIDTH, head_dim, scratch, ZEROS, 0,
                 scores, column, scores_stride, rows, ahead,
             )  # fmt: skip
         b += ahead
@@ -446,16 +452,17 @@ def _scores(
 
 @njit(nogil=True, forceinline=True)
 def _weighted_values(
-    weights, rows, context, tables, sequence, kv_head, num_kv_heads, value_width, values, out, offsets, next_sequence,
-    next_head, next_blocks,
+    weights, rows, context, tables, sequence, kv_head, num_kv_heads, head_dim, value_width, kv, out, offsets,
+    next_sequence, next_head, next_blocks,
 ):  # fmt: skip
     """The sum of the values of all blocks, weighted: `out` [rows, value_width]. weights: [positions, rows]."""
+    size, keys_size = kv_block_size(head_dim, value_width), PANEL_WIDTH * head_dim
     side_by_side = 4 if rows == 1 else 2 if rows == 2 else 1
     for i in range(rows * value_width):
         out[i] = np.float32(0.0)
     for b in range((context + PANEL_WIDTH - 1) // PANEL_WIDTH):
         depth = min(PANEL_WIDTH, context - b * PANEL_WIDTH)
-        block = (tables[sequence, b] * num_kv_heads + kv_head) * PANEL_WIDTH * value_width
+        block = (tables[sequence, b] * num_kv_heads + kv_head) * size + keys_size
         first = b * PANEL_WIDTH * rows
         column = 0
         while column < value_width:
@@ -465,16 +472,16 @@ def _weighted_values(
                 offsets[2 * i], offsets[2 * i + 1] = place, 0
                 if b < next_blocks:
                     # NOTE: the columns together ask for the next block in the order it lies in memory.
-                    next_block = (tables[next_sequence, b] * num_kv_heads + next_head) * PANEL_WIDTH * value_width
+                    next_block = (tables[next_sequence, b] * num_kv_heads + next_head) * size + keys_size
                     offsets[2 * i + 1] = next_block + (column + i * PANEL_WIDTH) * depth - place
             if rows > 2 or (rows == 2 and ahead == 1):
                 _dot_rows(
-                    weights, first, rows, values, offsets[0], value_width, depth, offsets[1],
+                    weights, first, rows, kv, offsets[0], value_width, depth, offsets[1],
                     out, column, value_width, out, column, value_width, rows,
                 )  # fmt: skip
             else:
                 dot_short(
-                    weights, first, rows, values, offsets, value_width, depth, out, column, value_width,
+                    weights, first, rows, kv, offsets, value_width, depth, out, column, value_width,
                     out, column, value_width, rows, ahead,
                 )  # fmt: skip
             column += ahead * PANEL_WIDTH

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from isologit.ops.cpu import ZEROS, attention_tile, rotate_and_cache
+from isologit.ops.cpu import ZEROS, attention_tile, kv_block_size, rotate_and_cache
 from isologit.ops.simd import CACHE_LINE, PANEL_WIDTH, TILE_ROWS, atomic_add, monotonic_ns
 from isologit.ops.tiles import LINES_PER_PASS, STREAM_CHUNK, make_tile_product
 
@@ -33,7 +33,7 @@ def heads_suit(rows, num_kv_heads, head_dim, num_threads):
 @njit(nogil=True)
 def attend(
     qkv, qkv_stride, positions, slots, tiles, items, block_tables, num_heads, num_kv_heads, head_dim, value_width,
-    cos, sin, keys, values, out, out_stride, queries, scores, scores_stride, weights, sums, scratch, offsets,
+    cos, sin, kv, out, out_stride, queries, scores, scores_stride, weights, sums, scratch, offsets,
     counters, counter,
 ):  # fmt: skip
     """One thread's share of attention: keys and values into the cache, unless written before, and the result in `out`.
@@ -58,11 +58,11 @@ def attend(
                 if tiles[tile, 4]:
                     rotate_and_cache(
                         qkv, qkv_stride, first_row, num_rows, positions, slots, kv_head, kv_head + 1,
-                        num_heads, num_kv_heads, head_dim, value_width, cos, sin, keys, values,
+                        num_heads, num_kv_heads, head_dim, value_width, cos, sin, kv,
                     )  # fmt: skip
                 attention_tile(
                     qkv, qkv_stride, first_row, num_rows, first_position, block_tables, tiles[tile, 3], kv_head,
-                    num_heads, num_kv_heads, head_dim, value_width, keys, values, out, out_stride, queries, scores,
+                    num_heads, num_kv_heads, head_dim, value_width, kv, out, out_stride, queries, scores,
                     scores_stride, weights, sums, scratch, offsets, tiles[next_tile, 3], next_head,
                     -(-next_context // PANEL_WIDTH),
                 )  # fmt: skip
@@ -81,12 +81,10 @@ def _panel_of(number, head, num_heads, num_kv_heads, head_dim):
 
 
 @njit(nogil=True)
-def _list_chunks(
-    chunks, tiles, first, last, block_tables, head, num_kv_heads, head_dim, value_width, keys, values, most
-):
+def _list_chunks(chunks, tiles, first, last, block_tables, head, num_kv_heads, head_dim, value_width, kv, most):
     """Addresses of the keys and values of tiles `first` to `last` - 1; returns the number of lines, at most `most`."""
     count = 0
-    key_bytes, value_bytes = head_dim * PANEL_WIDTH * 4, value_width * PANEL_WIDTH * 4
+    block_bytes = kv_block_size(head_dim, value_width) * kv.itemsize
     limit = most // _LINES_PER_CHUNK
     for tile in range(first, last):
         sequence = tiles[tile, 3]
@@ -94,15 +92,11 @@ def _list_chunks(
             continue
         context = tiles[tile, 1] + tiles[tile, 2]
         for block in range((context + PANEL_WIDTH - 1) // PANEL_WIDTH):
-            place = block_tables[sequence, block] * num_kv_heads + head
-            for part in range(0, key_bytes, STREAM_CHUNK):
+            place = kv.ctypes.data + (block_tables[sequence, block] * num_kv_heads + head) * block_bytes
+            without = max(0, (block + 1) * PANEL_WIDTH - context)  # places that have no token yet
+            for part in range(0, block_bytes - without * value_width * kv.itemsize, STREAM_CHUNK):
                 if count < limit:
-                    chunks[count] = keys.ctypes.data + place * key_bytes + part
-                    count += 1
-            depth = min(PANEL_WIDTH, context - block * PANEL_WIDTH)
-            for part in range(0, depth * value_width * 4, STREAM_CHUNK):
-                if count < limit:
-                    chunks[count] = values.ctypes.data + place * value_bytes + part
+                    chunks[count] = place + part
                     count += 1
     chunks[count] = chunks[max(0, count - 1)]
     return count * _LINES_PER_CHUNK
@@ -111,7 +105,7 @@ def _list_chunks(
 @njit(nogil=True)
 def project_and_attend(
     normed, height, hidden, rows, panels, qkv, qkv_stride, positions, slots, tiles, written_first, block_tables,
-    num_heads, num_kv_heads, head_dim, value_width, cos, sin, keys, values, out, out_stride,
+    num_heads, num_kv_heads, head_dim, value_width, cos, sin, kv, out, out_stride,
     queries, scores, scores_stride, weights, sums, scratch, offsets, chunks, counters, counter,
 ):  # fmt: skip
     """One thread's share of the heads: `qkv` rows, keys and values in the cache, and attention into `out`.
@@ -141,7 +135,7 @@ def project_and_attend(
         for sequence in range(written_first.shape[0] if head >= 0 else 0):
             rotate_and_cache(
                 qkv, qkv_stride, written_first[sequence, 0], written_first[sequence, 1], positions, slots,
-                head, head + 1, num_heads, num_kv_heads, head_dim, value_width, cos, sin, keys, values,
+                head, head + 1, num_heads, num_kv_heads, head_dim, value_width, cos, sin, kv,
             )  # fmt: skip
         turns = units if projecting else num_tiles
         first = 0
@@ -149,8 +143,7 @@ def project_and_attend(
             last = (turn + 1) * num_tiles // turns
             if projecting:
                 lines = _list_chunks(
-                    chunks, tiles, first, last, block_tables, head, num_kv_heads, head_dim, value_width, keys, values,
-                    most_lines,
+                    chunks, tiles, first, last, block_tables, head, num_kv_heads, head_dim, value_width, kv, most_lines
                 )  # fmt: skip
                 number, row_tile = divmod(turn, row_tiles)
                 panel = _panel_of(number, next_head, num_heads, num_kv_heads, head_dim)
@@ -171,13 +164,13 @@ def project_and_attend(
                 if tiles[tile, 4]:
                     rotate_and_cache(
                         qkv, qkv_stride, first_row, num_rows, positions, slots, head, head + 1,
-                        num_heads, num_kv_heads, head_dim, value_width, cos, sin, keys, values,
+                        num_heads, num_kv_heads, head_dim, value_width, cos, sin, kv,
                     )  # fmt: skip
                 next_tile = tile + 1 if tile + 1 < num_tiles else first
                 ahead = (tiles[next_tile, 1] + tiles[next_tile, 2] + PANEL_WIDTH - 1) // PANEL_WIDTH
                 attention_tile(
                     qkv, qkv_stride, first_row, num_rows, first_position, block_tables, tiles[tile, 3], head,
-                    num_heads, num_kv_heads, head_dim, value_width, keys, values, out, out_stride, queries, scores,
+                    num_heads, num_kv_heads, head_dim, value_width, kv, out, out_stride, queries, scores,
                     scores_stride, weights, sums, scratch, offsets, tiles[next_tile, 3], head, ahead,
                 )  # fmt: skip
             first = last

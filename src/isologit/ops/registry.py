@@ -165,15 +165,16 @@ def paged_attention_numba(
     width = -(-dim // PANEL_WIDTH) * PANEL_WIDTH
     blocks = -(-length // PANEL_WIDTH)
     table = np.arange(blocks, 0, -1)
-    cache = np.full(((blocks + 1) * kv_heads * PANEL_WIDTH * dim), np.nan, np.float32)
-    values = np.zeros((blocks + 1) * kv_heads * PANEL_WIDTH * width, np.float32)
+    # Keys that were not written are no numbers, which the result would show; values must not be, they are multiplied.
+    kv = np.full(((blocks + 1) * kv_heads, cpu.kv_block_size(dim, width)), np.nan, np.float32)
+    kv[:, PANEL_WIDTH * dim :] = 0
     qkv = _flat(torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=1))
     stride = (heads + 2 * kv_heads) * dim
     positions = np.arange(length)
     slots = table[positions // PANEL_WIDTH] * PANEL_WIDTH + positions % PANEL_WIDTH
     cpu.rotate_and_cache(
         qkv, stride, 0, length, positions, slots, 0, kv_heads, heads, kv_heads, dim, width, _flat(cos), _flat(sin),
-        cache, values,
+        kv.reshape(-1),
     )  # fmt: skip
     group = heads // kv_heads
     step = max(1, TILE_ROWS // group)
@@ -184,7 +185,7 @@ def paged_attention_numba(
         for head in range(kv_heads):
             cpu.attention_tile(
                 qkv, stride, first, min(step, length - first), first, table[None], 0, head, heads, kv_heads, dim, width,
-                cache, values, out, heads * dim, queries, scores.reshape(-1), scores.shape[1],
+                kv.reshape(-1), out, heads * dim, queries, scores.reshape(-1), scores.shape[1],
                 np.zeros(scores.size, np.float32), np.zeros(step * group, np.float32),
                 np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(8, np.int64), 0, head + 1,
                 blocks if head + 1 < kv_heads else 0,
