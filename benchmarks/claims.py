@@ -22,7 +22,7 @@ _ROOT = Path(__file__).parents[1]
 _RESULTS = Path(__file__).parent / "results"
 _PEER_RUNS = (
     ("trace300",),
-    ("trace1500", "--systems", "isologit", "openvino"),
+    ("trace1500", "--systems", "isologit", "openvino", "vllm"),
     ("tiny64",),
     ("latency",),
     ("long",),

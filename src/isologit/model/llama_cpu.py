@@ -181,6 +181,7 @@ class LlamaCPU:
         self._row_scratch = zeros((self.num_threads, SCRATCH_SIZE))
         self._offset_scratch = zeros((self.num_threads, _round_up(TILE_ROWS, COUNTER_STRIDE)), np.int64)
         self._chunk_scratch = zeros((self.num_threads, MAX_CHUNKS + COUNTER_STRIDE), np.int64)
+        self._head_scratch = zeros((self.num_threads, 2 * tokens * (group + 2) * c.head_dim))
         context = _round_up(self.max_model_len, PANEL_WIDTH) + PANEL_WIDTH
         self._score_scratch = zeros((self.num_threads, tile_rows, context))
         self._weight_scratch = zeros((self.num_threads, tile_rows * context))
@@ -283,7 +284,7 @@ class LlamaCPU:
             self._gated[tiled * self._w_gate_up.shape[1] * VECTOR_WIDTH :],
             self._kept_residual[rows], self._kept_attended[rows], self._query_scratch[own], self._score_scratch[own],
             self._weight_scratch[own], self._sum_scratch[own], self._row_scratch[own], self._offset_scratch[own],
-            self._chunk_scratch[own], final, self._clocks[number],
+            self._chunk_scratch[own], self._head_scratch[own], final, self._clocks[number],
         )  # fmt: skip
 
     def project(self, final: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from isologit.ops.cpu import (
     ZEROS,
     argmax_row,
     barrier,
+    head_columns,
     linear,
     log_normaliser_row,
     pack_tile,
@@ -71,7 +72,7 @@ def run_step(
     num_heads, num_kv_heads, head_dim, hidden, intermediate, value_width, eps, cos, sin, kv,
     residual, normed, qkv, attended, packed, gated, kept_residual, kept_attended,
     query_scratch, score_scratch, weight_scratch, sum_scratch, row_scratch, offset_scratch,
-    chunk_scratch, final, clock,
+    chunk_scratch, head_scratch, final, clock,
 ):  # fmt: skip
     """Forward pass of T flat tokens by `num_threads` threads. Fills `final` [R, hidden], what the last product reads.
 
@@ -87,6 +88,7 @@ def run_step(
     queries, sums = query_scratch[thread], sum_scratch[thread]
     scores, weights = score_scratch[thread].reshape(-1), weight_scratch[thread]
     scores_stride = score_scratch.shape[2]
+    group = num_heads // num_kv_heads
     counter = 0
     if thread == 0:
         clock[-1] = monotonic_ns()
@@ -111,12 +113,14 @@ def run_step(
         if layer == last_layer:
             tiles, items, written_first = last_tiles, last_items, last_written_first
         projecting = 0
+        fewer = layer == last_layer and num_logits < rows
         if by_head:
+            head_results = attended_flat if fewer else packed
             projecting = project_and_attend(
-                normed, height, hidden, rows, w_qkv[layer], qkv_flat, qkv_stride, positions, slots, tiles,
-                written_first, block_tables, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_kv,
-                attended_flat, heads_size, queries, scores, scores_stride, weights, sums, scratch,
-                offsets, chunk_scratch[thread], counters, counter,
+                normed, height, hidden, rows, w_qkv[layer], head_scratch[thread], positions, slots, tiles,
+                written_first, block_tables, group, num_kv_heads, head_dim, value_width, cos, sin, layer_kv,
+                head_results, heads_size, not fewer, queries, scores, scores_stride, weights,
+                sums, scratch, offsets, chunk_scratch[thread], num_threads, counters, counter,
             )  # fmt: skip
         else:
             linear(
@@ -131,10 +135,14 @@ def run_step(
             if written_first.shape[0]:
                 first, last = _share(thread, num_threads, num_kv_heads)
                 for sequence in range(written_first.shape[0]):
-                    rotate_and_cache(
-                        qkv_flat, qkv_stride, written_first[sequence, 0], written_first[sequence, 1], positions, slots,
-                        first, last, num_heads, num_kv_heads, head_dim, value_width, cos, sin, layer_kv,
-                    )  # fmt: skip
+                    place = written_first[sequence, 0] * qkv_stride
+                    for head in range(first, last):
+                        column, key_column, value_column = head_columns(head, group, num_kv_heads, head_dim)
+                        rotate_and_cache(
+                            qkv_flat, place + column, place + key_column, place + value_column, qkv_stride,
+                            written_first[sequence, 0], written_first[sequence, 1], positions, slots, head, group,
+                            num_kv_heads, head_dim, value_width, cos, sin, layer_kv,
+                        )  # fmt: skip
                 barrier(sync, num_threads)
                 _book(thread, clock, _ELEMENTWISE)
             attend(
@@ -149,7 +157,7 @@ def run_step(
             clock[_ATTENTION] -= projecting
             clock[_QKV] += projecting
         # NOTE: tiles are dealt to threads in the same way twice, so no barrier is needed between.
-        if layer == last_layer and num_logits < rows:
+        if fewer:
             rows, height = num_logits, tile_height(num_logits)
             for top in range(thread * height, rows, num_threads * height):
                 for r in range(top, min(rows, top + height)):
@@ -158,13 +166,14 @@ def run_step(
                     for i in range(heads_size):
                         kept_attended[r, i] = attended[logits_rows[r], i]
             residual_flat, attended_flat = kept_residual.reshape(-1), kept_attended.reshape(-1)
-        for top in range(thread * height, rows, num_threads * height):
-            pack_tile(
-                attended_flat, top * heads_size, heads_size, min(height, rows - top), heads_size,
-                packed, top * heads_size, height,
-            )  # fmt: skip
-        barrier(sync, num_threads)
-        _book(thread, clock, _ELEMENTWISE)
+        if fewer or not by_head:
+            for top in range(thread * height, rows, num_threads * height):
+                pack_tile(
+                    attended_flat, top * heads_size, heads_size, min(height, rows - top), heads_size,
+                    packed, top * heads_size, height,
+                )  # fmt: skip
+            barrier(sync, num_threads)
+            _book(thread, clock, _ELEMENTWISE)
         linear(
             packed, height, heads_size, rows, heads_size, w_out[layer], residual_flat, stride, ADD,
             scratch, offsets, counters, counter,

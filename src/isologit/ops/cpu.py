@@ -324,41 +324,46 @@ def kv_block_size(head_dim, value_width):
 
 
 @njit(nogil=True, forceinline=True)
+def head_columns(kv_head, group, num_kv_heads, head_dim):
+    """Where the queries, the key and the value of a KV head begin in a row [q heads | k heads | v heads] x head_dim."""
+    key = num_kv_heads * group + kv_head
+    return kv_head * group * head_dim, key * head_dim, (key + num_kv_heads) * head_dim
+
+
+@njit(nogil=True, forceinline=True)
 def rotate_and_cache(
-    qkv, stride, row, rows, positions, slots, first_head, last_head, num_heads, num_kv_heads, head_dim, value_width,
+    x, queries, keys, values, stride, row, rows, positions, slots, kv_head, group, num_kv_heads, head_dim, value_width,
     cos, sin, kv,
 ):  # fmt: skip
-    """Rotate queries and keys of the KV heads from `first_head` on and write their keys and values into the cache.
+    """Rotate queries and keys of one KV head and write its keys and values into the cache.
 
-    The rows are `rows` consecutive tokens of one sequence from `row` on. qkv rows: [q heads | k heads | v heads] x
-    head_dim. kv: [blocks, kv heads, kv_block_size] flat. Of a block and head, first come the keys, [head_dim,
-    PANEL_WIDTH], so that they are a product panel, then the values, [PANEL_WIDTH, value_width]: what is read together
-    lies together. Tokens of one block are written together: their keys are neighbours in memory.
+    The rows are `rows` consecutive tokens of one sequence from token `row` of the step on. In `x`, rows of `stride`,
+    the first one's `group` query heads begin at `queries`, its key at `keys` and its value at `values`. kv: [blocks, kv
+    heads, kv_block_size] flat. Of a block and head, first come the keys, [head_dim, PANEL_WIDTH], so that they are a
+    product panel, then the values, [PANEL_WIDTH, value_width]: what is read together lies together. Tokens of one
+    block are written together: their keys are neighbours in memory.
     """
-    group = num_heads // num_kv_heads
     half = head_dim // 2
-    last = row + rows
-    while row < last:
-        column = slots[row] % PANEL_WIDTH
-        count = min(last - row, PANEL_WIDTH - column)
-        for r in range(row, row + count):
-            for head in range(first_head * group, last_head * group):
-                rotate_row(qkv, r * stride + head * head_dim, half, cos, sin, positions[r] * half)
-            for head in range(num_heads + first_head, num_heads + last_head):
-                rotate_row(qkv, r * stride + head * head_dim, half, cos, sin, positions[r] * half)
-        for head in range(first_head, last_head):
-            source = row * stride + (num_heads + head) * head_dim
-            block = (slots[row] // PANEL_WIDTH * num_kv_heads + head) * kv_block_size(head_dim, value_width)
-            target = block + column
-            for r in range(count):
-                first, place = np.uint64(source + r * stride), np.uint64(target + r)
-                for i in range(np.uint64(head_dim)):
-                    kv[place + i * np.uint64(PANEL_WIDTH)] = qkv[first + i]
-            source += num_kv_heads * head_dim
-            target = block + PANEL_WIDTH * head_dim + column * value_width
-            for r in range(count):
-                scale_row(qkv, source + r * stride, np.float32(1.0), kv, target + r * value_width, head_dim)
-        row += count
+    done = 0
+    while done < rows:
+        slot = slots[row + done]
+        column = slot % PANEL_WIDTH
+        count = min(rows - done, PANEL_WIDTH - column)
+        for r in range(done, done + count):
+            angle = positions[row + r] * half
+            for head in range(group):
+                rotate_row(x, queries + r * stride + head * head_dim, half, cos, sin, angle)
+            rotate_row(x, keys + r * stride, half, cos, sin, angle)
+        block = (slot // PANEL_WIDTH * num_kv_heads + kv_head) * kv_block_size(head_dim, value_width)
+        source, target = keys + done * stride, block + column
+        for r in range(count):
+            first, place = np.uint64(source + r * stride), np.uint64(target + r)
+            for i in range(np.uint64(head_dim)):
+                kv[place + i * np.uint64(PANEL_WIDTH)] = x[first + i]
+        source, target = values + done * stride, block + PANEL_WIDTH * head_dim + column * value_width
+        for r in range(count):
+            scale_row(x, source + r * stride, np.float32(1.0), kv, target + r * value_width, head_dim)
+        done += count
 
 
 @njit(nogil=True, forceinline=True)
@@ -376,28 +381,27 @@ def softmax_row(scores, offset, length, padded, scale):
 
 @njit(nogil=True, forceinline=True)
 def attention_tile(
-    qkv, qkv_stride, first_row, num_rows, first_position, tables, sequence, kv_head, num_heads, num_kv_heads, head_dim,
-    value_width, kv, out, out_stride, queries, scores, scores_stride, weights, sums, scratch, offsets,
+    x, x_offset, x_stride, num_rows, first_position, tables, sequence, kv_head, group, num_kv_heads, head_dim,
+    value_width, kv, out, out_offset, out_stride, queries, scores, scores_stride, weights, sums, scratch, offsets,
     next_sequence, next_head, next_blocks,
 ):  # fmt: skip
-    """Causal attention of `num_rows` consecutive tokens of one sequence for the query heads of one KV head.
+    """Causal attention of `num_rows` consecutive tokens of one sequence for the `group` query heads of one KV head.
 
+    The first token's query heads begin at `x_offset`, and its result at `out_offset`, which may be the same place.
     Two passes over the sequence's blocks, whose ids are `tables[sequence]`: all scores of a row, softmax, then the
     weighted sum of values. The reduction order of a row depends on its position alone. Scratch of this thread, for as
     many rows as there are tokens times heads: queries (value_width each), scores (scores_stride each), weights (the
     same), sums; and 8 `offsets`. This thread's next work is KV head `next_head` of the first `next_blocks` blocks of
     `next_sequence`: its keys and values are asked into the cache meanwhile.
     """
-    group = num_heads // num_kv_heads
     total_rows = num_rows * group
     scale = np.float32(1.0 / math.sqrt(head_dim))
     context = first_position + num_rows
-    source = first_row * qkv_stride + kv_head * group * head_dim
     if group == 1:
-        pack_tile(qkv, source, qkv_stride, num_rows, head_dim, queries, 0, num_rows)
+        pack_tile(x, x_offset, x_stride, num_rows, head_dim, queries, 0, num_rows)
     else:
         for r in range(num_rows):
-            pack_tile(qkv, source + r * qkv_stride, head_dim, group, head_dim, queries, r * group, total_rows)
+            pack_tile(x, x_offset + r * x_stride, head_dim, group, head_dim, queries, r * group, total_rows)
     _scores(
         queries, total_rows, context, tables, sequence, kv_head, num_kv_heads, head_dim, value_width, kv, scores,
         scores_stride, scratch, offsets, next_sequence, next_head, next_blocks,
@@ -415,7 +419,7 @@ def attention_tile(
     for r in range(num_rows):
         for g in range(group):
             row = r * group + g
-            target = (first_row + r) * out_stride + (kv_head * group + g) * head_dim
+            target = out_offset + r * out_stride + g * head_dim
             scale_row(queries, row * value_width, sums[row], out, target, head_dim)
 
 

@@ -172,11 +172,13 @@ def paged_attention_numba(
     stride = (heads + 2 * kv_heads) * dim
     positions = np.arange(length)
     slots = table[positions // PANEL_WIDTH] * PANEL_WIDTH + positions % PANEL_WIDTH
-    cpu.rotate_and_cache(
-        qkv, stride, 0, length, positions, slots, 0, kv_heads, heads, kv_heads, dim, width, _flat(cos), _flat(sin),
-        kv.reshape(-1),
-    )  # fmt: skip
     group = heads // kv_heads
+    columns = [cpu.head_columns(head, group, kv_heads, dim) for head in range(kv_heads)]
+    for head in range(kv_heads):
+        cpu.rotate_and_cache(
+            qkv, *columns[head], stride, 0, length, positions, slots, head, group, kv_heads, dim, width,
+            _flat(cos), _flat(sin), kv.reshape(-1),
+        )  # fmt: skip
     step = max(1, TILE_ROWS // group)
     out = np.zeros(length * heads * dim, np.float32)
     queries = np.zeros(step * group * width, np.float32)
@@ -184,8 +186,9 @@ def paged_attention_numba(
     for first in range(0, length, step):
         for head in range(kv_heads):
             cpu.attention_tile(
-                qkv, stride, first, min(step, length - first), first, table[None], 0, head, heads, kv_heads, dim, width,
-                kv.reshape(-1), out, heads * dim, queries, scores.reshape(-1), scores.shape[1],
+                qkv, first * stride + columns[head][0], stride, min(step, length - first), first, table[None], 0, head,
+                group, kv_heads, dim, width, kv.reshape(-1), out, first * heads * dim + head * group * dim,
+                heads * dim, queries, scores.reshape(-1), scores.shape[1],
                 np.zeros(scores.size, np.float32), np.zeros(step * group, np.float32),
                 np.zeros(cpu.SCRATCH_SIZE, np.float32), np.zeros(8, np.int64), 0, head + 1,
                 blocks if head + 1 < kv_heads else 0,
