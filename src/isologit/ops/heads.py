@@ -156,12 +156,10 @@ def project_and_attend(
                 )  # fmt: skip
                 number, row_tile = divmod(turn, row_tiles)
                 panel = _panel_of(number, next_head, num_heads, num_kv_heads, head_dim)
-                if number + 1 < num_panels:
-                    following = _panel_of(number + 1, next_head, num_heads, num_kv_heads, head_dim)
-                else:  # most likely this thread's next
-                    following = _panel_of(
-                        0, min(next_head + num_threads, num_kv_heads - 1), num_heads, num_kv_heads, head_dim
-                    )
+                # NOTE: behind a head's last panel comes, most likely, the first one of this thread's next head.
+                heads_on, following = divmod(number + 1, num_panels)
+                following_head = min(next_head + heads_on * num_threads, num_kv_heads - 1)
+                following = _panel_of(following, following_head, num_heads, num_kv_heads, head_dim)
                 top = row_tile * height
                 timed = turn % _TURNS_PER_SAMPLE == 0
                 began = monotonic_ns() if timed else 0
