@@ -22,7 +22,7 @@ from benchmarks.peers.models import model_folder
 from isologit import LLM, GenerationRequest, SamplingParams
 from isologit.config import load_model_config
 from isologit.job.environment import describe_environment
-from isologit.model.tokenizer import load_tokenizer
+from isologit.text.tokenizer import load_tokenizer
 from isologit.workload import RequestSpec, load_dataset, load_replay
 
 _RESULTS = Path(__file__).parent / "results"

@@ -13,11 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from isologit import LLM, GenerationRequest, RequestOutput, SamplingParams
+from isologit.backends.batch import FlatBatch
+from isologit.backends.cpu.heads import heads_suit
+from isologit.backends.cpu.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH
 from isologit.engine.loop import LAST_TOKEN
 from isologit.errors import ConfigError, ModelError, RequestError
-from isologit.model.batch import FlatBatch
-from isologit.ops.heads import heads_suit
-from isologit.ops.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH
 
 VOCAB = 300
 SHAPES = {

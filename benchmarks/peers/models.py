@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from isologit.checkpoints.dummy import dummy_checkpoint
 from isologit.config import PRESETS
-from isologit.model.dummy import dummy_checkpoint
 
 MODELS = Path(__file__).parent / ".models"
 CONTEXT = 4096  # room for 2048 prompt tokens and more; rotary embeddings have no weights, so any length will do

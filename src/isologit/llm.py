@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 import psutil
 
+from isologit.backends.cpu.llama_cpu import LlamaCPU
+from isologit.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from isologit.checkpoints.dummy import dummy_checkpoint
 from isologit.config import EngineConfig, ModelConfig, SpeculativeConfig, load_model_config
 from isologit.engine.blocks import BlockPool
 from isologit.engine.calibration import CALIBRATION_ROWS, StepTimes, measure_step_times
@@ -22,10 +25,7 @@ from isologit.engine.runner import Runner
 from isologit.engine.scheduler import Scheduler, SchedulerConfig
 from isologit.engine.speculation import NGramProposer, Proposer
 from isologit.errors import ConfigError, ModelError, RequestError
-from isologit.model.checkpoint import Checkpoint, open_checkpoint
-from isologit.model.dummy import dummy_checkpoint
-from isologit.model.llama_cpu import LlamaCPU
-from isologit.model.tokenizer import Tokenizer, load_tokenizer
+from isologit.text.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Mapping[str, Any]
 

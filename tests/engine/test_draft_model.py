@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.test_scheduler import VOCAB, ask, assert_same_as_alone, make, requests_, run, toy_model
 
+from isologit.backends.batch import FlatBatch, StepOutput
 from isologit.engine.draft_model import DraftModelProposer
 from isologit.engine.request import GenerationRequest, Sequence
 from isologit.errors import ConfigError
-from isologit.model.batch import FlatBatch, StepOutput
 
 BLOCK_SIZE = 2
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from isologit import LLM, GenerationRequest, RequestOutput
+from isologit.checkpoints.checkpoint import open_checkpoint
 from isologit.engine.runner import Runner, StepResult
 from isologit.engine.scheduler import StepPlan
 from isologit.job.options import RunOptions
 from isologit.job.run import RunResult, run_job
-from isologit.model.checkpoint import open_checkpoint
 from isologit.workload import demo_model_path
 
 Tensors = dict[str, torch.Tensor]

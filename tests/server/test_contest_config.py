@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import requests
 import yaml
-from tests.model.mindspore_writer import mindformers_names, write_mindspore_ckpt
+from tests.checkpoints.mindspore_writer import mindformers_names, write_mindspore_ckpt
 from typer.testing import CliRunner
 
 from isologit import LLM, SamplingParams
+from isologit.checkpoints.checkpoint import open_checkpoint
 from isologit.cli.app import app
 from isologit.errors import ConfigError
-from isologit.model.checkpoint import open_checkpoint
 from isologit.server.contest_config import ContestConfig, load_contest_config
 from isologit.workload import demo_model_path
 

@@ -18,10 +18,10 @@ from tests.server.conftest import NAME, Running, running
 from tests.server.tools import PROMPT, SPOKEN, Spoken
 
 from isologit.bench.streams import MessageStream
-from isologit.model.tokenizer import load_tokenizer
 from isologit.server.app import create_app
 from isologit.server.run import ServerOptions
 from isologit.server.service import Service, _TextFeed
+from isologit.text.tokenizer import load_tokenizer
 from isologit.workload import demo_model_path
 
 EXAMPLES = int(os.environ.get("ISOLOGIT_FUZZ_EXAMPLES", "25"))  # of every operation

@@ -16,7 +16,7 @@ from tests.server.conftest import Running, running
 from tests.server.tools import until
 
 from isologit import LLM
-from isologit.server.engine_thread import AsyncEngine, Delta, Stream
+from isologit.engine.async_engine import AsyncEngine, Delta, Stream
 from isologit.server.run import ServerOptions
 from isologit.workload import demo_model_path
 

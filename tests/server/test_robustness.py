@@ -299,9 +299,11 @@ Service.request = request
 """.replace("SECRET", SECRET)
 LOG_MESSAGES = """
 import sys
-from isologit.server import logs, gate, engine_thread
+from isologit.common import logs
+from isologit.engine import async_engine
+from isologit.server import gate
 def log_error(what, error): print(what, error, file=sys.stderr)
-logs.log_error = gate.log_error = engine_thread.log_error = log_error
+logs.log_error = gate.log_error = async_engine.log_error = log_error
 """
 
 

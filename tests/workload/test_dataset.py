@@ -124,7 +124,7 @@ def test_replay_reads_tokens_and_text(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the development data")
 def test_recorded_answers_survive_encoding() -> None:
-    from isologit.model.tokenizer import load_tokenizer
+    from isologit.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(SHARED / "llama_tokenizer")
     assert tokenizer is not None

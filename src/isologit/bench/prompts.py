@@ -9,7 +9,7 @@ from pathlib import Path
 from isologit.bench.dialects import LoadRequest
 from isologit.bench.options import ServingOptions
 from isologit.errors import ConfigError, DatasetError, ModelError
-from isologit.model.tokenizer import Tokenizer, load_tokenizer
+from isologit.text.tokenizer import Tokenizer, load_tokenizer
 from isologit.workload import BadRequest, RequestSpec, builtin_requests, demo_model_path, load_dataset
 
 DEMO = "built-in demo"

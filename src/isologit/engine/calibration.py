@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isologit.backends.batch import FlatBatch
 from isologit.engine.planner import StepCost
 from isologit.engine.runner import StepModel
-from isologit.model.batch import FlatBatch
 
 CALIBRATION_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _HOST_SECONDS = 2e-4  # scheduling and commit of one step

@@ -7,9 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from isologit.backends.batch import FlatBatch, StepOutput
 from isologit.engine.sampler import needs_row
 from isologit.engine.scheduler import ScheduledSequence, StepPlan
-from isologit.model.batch import FlatBatch, StepOutput
 
 
 class StepModel(Protocol):

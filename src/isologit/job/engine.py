@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.config import ModelConfig
 from isologit.engine.loop import StepRecord
 from isologit.engine.planner import Plan
 from isologit.engine.request import GenerationRequest, RequestOutput
 from isologit.fidelity import NoiseFloor
 from isologit.job.options import RunOptions
-from isologit.model.checkpoint import Checkpoint
-from isologit.model.tokenizer import Tokenizer
+from isologit.text.tokenizer import Tokenizer
 
 
 class Engine(Protocol):

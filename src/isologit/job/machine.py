@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from isologit.model.crew import Crew
-from isologit.ops.cpu import COUNTER_STRIDE, multiply_tiles
-from isologit.ops.memory import zeros
-from isologit.ops.simd import PANEL_WIDTH, TILE_ROWS
+from isologit.backends.cpu.crew import Crew
+from isologit.backends.cpu.kernels import COUNTER_STRIDE, multiply_tiles
+from isologit.backends.cpu.memory import zeros
+from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS
 
 _DEPTH, _TILES, _PANELS = 512, 8, 4  # of the tile loop's product: half a megabyte, which the second-level cache holds
 _TILE_REPEATS = 20

@@ -1,1 +1,1 @@
-"""Numeric operations: definitions, kernels and the registry that ties them."""
+"""What every numeric operation means. Knows no device and no request."""

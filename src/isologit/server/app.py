@@ -11,9 +11,9 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from isologit import __version__
+from isologit.engine.async_engine import ClientGoneError, EngineFailedError
 from isologit.errors import ModelError, RequestError
 from isologit.server import llm_serving, openai_api, tgi
-from isologit.server.engine_thread import ClientGoneError, EngineFailedError
 from isologit.server.gate import Gate
 from isologit.server.responses import error_response
 from isologit.server.service import (

@@ -11,7 +11,7 @@ import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from isologit.server.logs import log_error
+from isologit.common.logs import log_error
 from isologit.server.responses import error_response
 from isologit.server.service import Service
 

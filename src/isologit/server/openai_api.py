@@ -17,9 +17,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from isologit.engine.async_engine import EngineFailedError
 from isologit.engine.request import GenerationRequest, SamplingParams
 from isologit.errors import RequestError
-from isologit.server.engine_thread import EngineFailedError
 from isologit.server.fields import ListOf
 from isologit.server.responses import StreamedAnswer
 from isologit.server.service import Answer, RequestTimeoutError, Service, Token

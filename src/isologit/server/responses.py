@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from isologit.server.engine_thread import ClientGoneError
+from isologit.engine.async_engine import ClientGoneError
 from isologit.server.service import Answer
 
 _RETRY_AFTER_S = "1"

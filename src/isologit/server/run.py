@@ -14,11 +14,11 @@ from types import FrameType
 
 import uvicorn
 
+from isologit.engine.async_engine import AsyncEngine
 from isologit.errors import ConfigError, ModelError
 from isologit.llm import LLM
 from isologit.server.app import create_app
 from isologit.server.connections import LONGEST_STALL_S, Connection, close_stalled
-from isologit.server.engine_thread import AsyncEngine
 from isologit.server.metrics import ServerMetrics
 from isologit.server.service import Limits, Service
 

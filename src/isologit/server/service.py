@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from starlette.types import Receive
 
 from isologit.config import ModelConfig
+from isologit.engine.async_engine import AsyncEngine, Delta, EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.errors import IsologitError, RequestError
-from isologit.model.detokenizer import Detokenizer
-from isologit.model.tokenizer import Tokenizer
-from isologit.server.engine_thread import AsyncEngine, Delta, EngineFailedError
 from isologit.server.metrics import ServerMetrics
+from isologit.text.detokenizer import Detokenizer
+from isologit.text.tokenizer import Tokenizer
 
 _LONG_TEXT = 4096  # characters; what is longer is made into tokens on another thread
 

@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from isologit import __version__
+from isologit.engine.async_engine import EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.errors import RequestError
-from isologit.server.engine_thread import EngineFailedError
 from isologit.server.responses import StreamedAnswer
 from isologit.server.service import Answer, Service, Token
 

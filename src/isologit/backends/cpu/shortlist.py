@@ -1,0 +1,178 @@
+"""The largest logit of a row without computing most of its logits, and with proof that none of those is larger.
+
+Every column of the last product also exists as bytes. An integer product of bytes, four times as fast as one of
+float32, gives each logit up to an error that the Cauchy-Schwarz inequality bounds: with h and w approximated by h' and
+w', |h.w - h'.w'| <= |h||w - w'| + |h - h'||w'|. Panels of columns whose upper bound reaches the largest exact logit
+found are computed exactly, by the same chain of multiply-adds as in the whole product; the others cannot hold the
+maximum. The norms include what rounding adds, of the exact product too (Higham 2002, section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import njit
+
+from isologit.backends.cpu.kernels import dot_short, panel_count, panel_portion
+from isologit.backends.cpu.memory import aligned
+from isologit.backends.cpu.simd import PANEL_WIDTH, atomic_add
+from isologit.backends.cpu.tiles import bound_tile
+
+NOT_PICKED = -2  # a row whose logits must all be computed
+_LARGEST_BYTE = 127
+_LARGEST_DEPTH = 2**31 // (255 * 127)  # features that an int32 sum of byte products holds
+_MOST_PANELS = 256  # of a row
+_LEAST_NORM, _MOST_NORM = 1e-12, 1e12  # of a row; beyond them the factors could leave float32
+_ROWS_AT_ONCE = 2048  # vocabulary entries approximated together, to bound the memory it takes
+
+
+@dataclass(frozen=True)
+class ByteHead:
+    """The last product's weights as bytes.
+
+    weights: int32 [panels, in_features / 4, PANEL_WIDTH], four uint8 each: a weight divided by its column's scale,
+    plus 128. columns: float32 [panels, 3, PANEL_WIDTH]: the scale, a bound on |w - w'| with rounding, and on |w'|.
+    """
+
+    weights: np.ndarray
+    columns: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both."""
+        return self.weights.nbytes + self.columns.nbytes
+
+
+def pack_byte_head(head: torch.Tensor) -> ByteHead | None:
+    """[vocab, in_features] -> bytes; None without bounds: odd or huge depths, weights near the end of float32."""
+    vocab, depth = head.shape
+    # NOTE: written so that NaN is refused as well.
+    if depth % 4 or depth > _LARGEST_DEPTH or not float(head.abs().max()) < _MOST_NORM:
+        return None
+    panels = panel_count(vocab)
+    bytes_ = np.full((panels * PANEL_WIDTH, depth), 128, np.uint8)
+    # NOTE: columns of padding have a bound below any logit.
+    columns = np.zeros((panels * PANEL_WIDTH, 3), np.float32)
+    columns[vocab:, 1] = -np.inf
+    rounding = (depth + 32) * 2.0**-23
+    for first in range(0, vocab, _ROWS_AT_ONCE):
+        exact = head[first : first + _ROWS_AT_ONCE].double().numpy()
+        places = slice(first, first + len(exact))
+        largest = np.abs(exact).max(1)
+        scale = np.where(largest > 0, largest / _LARGEST_BYTE, 1.0).astype(np.float32)
+        scaled = np.rint(exact / scale.astype(np.float64)[:, None]).clip(-_LARGEST_BYTE, _LARGEST_BYTE)
+        bytes_[places] = scaled + 128
+        approximate = scaled * scale.astype(np.float64)[:, None]
+        error = np.linalg.norm(exact - approximate, axis=1) + rounding * np.linalg.norm(exact, axis=1)
+        columns[places, 0] = scale
+        columns[places, 1] = _rounded_up(error)
+        columns[places, 2] = _rounded_up(np.linalg.norm(approximate, axis=1))
+    by_panel = bytes_.reshape(panels, PANEL_WIDTH, depth // 4, 4).transpose(0, 2, 1, 3)
+    weights = np.ascontiguousarray(by_panel).view(np.int32)[..., 0]
+    return ByteHead(aligned(weights), aligned(columns.reshape(panels, PANEL_WIDTH, 3).transpose(0, 2, 1)))
+
+
+def _rounded_up(x: np.ndarray) -> np.ndarray:
+    return np.nextafter(x.astype(np.float32), np.float32(np.inf))
+
+
+@njit(nogil=True, fastmath={"reassoc", "contract"})
+def quantise_row(x, offset, size, out, out_offset, height, rows_to_take, factors, row):
+    """Row `row` of a step as bytes: `size` float32 from `x[offset]` on; False if zero or not finite: no bounds.
+
+    out: int8, tiles of [size / 4, height, 4], the row's first byte at `out_offset`. rows_to_take[row] and
+    factors[row]: what `bound_tile` wants of the row.
+    """
+    largest = np.float32(0.0)
+    for i in range(size):
+        largest = max(largest, abs(x[offset + i]))
+    scale = largest / np.float32(_LARGEST_BYTE)
+    inverse = np.float32(_LARGEST_BYTE) / largest if largest > 0 else np.float32(0.0)
+    total = 0
+    length = error = 0.0
+    for i in range(size):
+        value = x[offset + i]
+        byte = min(_LARGEST_BYTE, max(-_LARGEST_BYTE, math.floor(value * inverse + np.float32(0.5))))
+        out[out_offset + (i >> 2) * 4 * height + (i & 3)] = byte
+        total += byte
+        wide = np.float64(value)
+        left = wide - np.float64(scale) * byte
+        length += wide * wide
+        error += left * left
+    length, error = math.sqrt(length) * _UP, math.sqrt(error) * _UP
+    rows_to_take[row] = 128 * total
+    factors[row, 0] = length / scale if scale > 0 else 0.0
+    factors[row, 1] = error / scale if scale > 0 else 0.0
+    factors[row, 2] = scale
+    return _LEAST_NORM < length < _MOST_NORM
+
+
+_UP = 1.0 + 1e-6  # more than rounding to float32 can take away
+
+
+@njit(nogil=True)
+def bound_panels(x, height, rows, weights, columns, rows_to_take, factors, tops, counters, counter):
+    """One thread's share of the largest upper bound of each panel for each row: `tops` [panels, rows], flat.
+
+    x: int32, the rows' bytes in tiles. Threads share the panels through `counters[counter]`, as in `linear`.
+    """
+    num_panels, depth = weights.shape[0], weights.shape[1]
+    flat, column_flat = weights.reshape(-1), columns.reshape(-1)
+    panel_size = depth * PANEL_WIDTH
+    pace = -(-16 * height // max(1, rows))
+    asked_by_tile = depth * PANEL_WIDTH * pace // 16
+    while True:
+        first, last = panel_portion(atomic_add(counters, counter, 1), num_panels, 1)
+        if first >= num_panels:
+            break
+        for panel in range(first, last):
+            for top in range(0, rows, height):
+                bound_tile(
+                    x, top * depth, height, flat, panel * panel_size, depth, panel_size + top // height * asked_by_tile,
+                    pace, column_flat, panel * 3 * PANEL_WIDTH, rows_to_take, factors, top, tops, panel * rows + top,
+                    min(height, rows - top),
+                )  # fmt: skip
+
+
+@njit(nogil=True)
+def pick_row(x, row, rows, panels, vocab, tops, row_tops, scratch, zeros, offsets):
+    """Index of the row's largest logit, the lowest on ties, and the number of panels computed for it.
+
+    The index is NOT_PICKED if too many panels might hold it.
+
+    x: `rows` rows of `in_features` float32. panels: of the whole product. tops: as `bound_panels` gives them. Of this
+    thread are row_tops, a float32 for each panel; scratch, 4 * PANEL_WIDTH float32, and that many zeros from `zeros`
+    on; offsets, 8 int64.
+    """
+    num_panels, depth = panels.shape[0], panels.shape[1]
+    flat = panels.reshape(-1)
+    panel_size = depth * PANEL_WIDTH
+    likeliest = 0
+    for panel in range(num_panels):
+        row_tops[panel] = tops[panel * rows + row]
+        if row_tops[panel] > row_tops[likeliest]:
+            likeliest = panel
+    best, chosen = np.float32(-np.inf), -1
+    offsets[0], offsets[1] = likeliest * panel_size, 0
+    panel, count, taken = 0, 1, 1
+    while taken > 0:
+        dot_short(x, row * depth, 1, flat, offsets, PANEL_WIDTH, depth, scratch, zeros, 0, scratch, 0, 0, 1, taken)
+        for i in range(taken):
+            column = offsets[2 * i] // depth
+            for j in range(min(PANEL_WIDTH, vocab - column)):
+                value = scratch[i * PANEL_WIDTH + j]
+                if value > best or (value == best and column + j < chosen):
+                    best, chosen = value, column + j
+        taken = 0
+        while panel < num_panels and taken < 4:
+            if panel != likeliest and row_tops[panel] >= best:
+                offsets[2 * taken], offsets[2 * taken + 1] = panel * panel_size, 0
+                taken += 1
+            panel += 1
+        count += taken
+        if count > _MOST_PANELS:
+            return NOT_PICKED, count
+    return chosen, count

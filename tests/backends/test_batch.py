@@ -1,0 +1,117 @@
+"""The attention's share of a flat batch: every token meets every head once, and the longest work comes first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isologit.backends.batch import FlatBatch
+
+_SEQUENCES = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 500)), min_size=1, max_size=12)
+
+
+def _batch(sequences: list[tuple[int, int]]) -> FlatBatch:
+    counts = np.array([count for count, _ in sequences])
+    table = np.stack([np.cumsum(counts) - counts, counts, [start for _, start in sequences]], axis=1)
+    nothing = np.zeros(int(counts.sum()), np.int64)
+    return FlatBatch(nothing, nothing, nothing, table, np.zeros((len(counts), 1), np.int64), nothing)
+
+
+@given(_SEQUENCES, st.integers(1, 12), st.integers(1, 8), st.integers(1, 5))
+def test_every_token_meets_every_head_once(
+    sequences: list[tuple[int, int]], tokens_per_tile: int, num_kv_heads: int, num_threads: int
+) -> None:
+    batch = _batch(sequences)
+    work = batch.attention_work(tokens_per_tile, num_kv_heads, num_threads)
+    tiles, items = work.tiles, work.items
+    met = Counter(
+        (row, head)
+        for first_tile, last_tile, first_head, last_head in items
+        for first_row, rows, *_ in tiles[first_tile:last_tile]
+        for row in range(first_row, first_row + rows)
+        for head in range(first_head, last_head)
+    )
+    rows = sum(count for count, _ in sequences)
+    assert met == Counter((row, head) for row in range(rows) for head in range(num_kv_heads))
+
+
+@given(_SEQUENCES, st.integers(1, 12))
+def test_tiles_know_their_place(sequences: list[tuple[int, int]], tokens_per_tile: int) -> None:
+    batch = _batch(sequences)
+    work = batch.attention_work(tokens_per_tile, 4, 2)
+    tiles, items = work.tiles, work.items
+    for first_row, rows, first_position, sequence, alone in tiles:
+        first, count, start = batch.sequences[sequence]
+        assert 1 <= rows <= tokens_per_tile
+        assert first <= first_row
+        assert first_row + rows <= first + count
+        assert first_position - start == first_row - first
+        assert alone == (count <= tokens_per_tile)
+    for first_tile, last_tile, *_ in items:
+        assert len(set(tiles[first_tile:last_tile, 3])) == 1, "an item is of one sequence"
+
+
+@given(_SEQUENCES, st.integers(1, 12), st.data())
+def test_only_rows_with_logits_when_no_more_is_wanted(
+    sequences: list[tuple[int, int]], tokens_per_tile: int, data: st.DataObject
+) -> None:
+    """And what a tile does not hold of its sequence is among what must be written first."""
+    wanted = [data.draw(st.integers(0, count)) for count, _ in sequences]
+    ends = np.cumsum([count for count, _ in sequences])
+    rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
+    batch = replace(_batch(sequences), logits_rows=np.array(rows, np.int64))
+    work = batch.attention_work(tokens_per_tile, 2, 2, logits_only=True)
+    met = [row for first_row, count, *_ in work.tiles for row in range(first_row, first_row + count)]
+    assert sorted(met) == rows
+    whole = {sequence: count for _, count, _, sequence, alone in work.tiles if alone}
+    assert all(count == sequences[sequence][0] for sequence, count in whole.items())
+    others = [i for i in range(len(sequences)) if i not in whole]
+    assert work.written_first.tolist() == batch.sequences[others].tolist()
+
+
+@given(_SEQUENCES, st.integers(1, 4), st.floats(0, 0.1), st.data())
+def test_parts_are_whole_sequences_of_about_the_same_cost(
+    sequences: list[tuple[int, int]], num_parts: int, rows_per_token: float, data: st.DataObject
+) -> None:
+    batch = _batch(sequences)
+    rows = len(batch.token_ids)
+    wanted = sorted(data.draw(st.sets(st.integers(0, rows - 1))))
+    batch = replace(
+        batch,
+        token_ids=np.arange(rows),
+        logits_rows=np.array(wanted, np.int64),
+        block_tables=np.arange(len(sequences))[:, None],
+    )
+    parts = batch.split(num_parts, rows_per_token)
+    if parts[0] is batch:
+        return
+    assert len(parts) == num_parts
+    assert np.concatenate([part.token_ids for part in parts]).tolist() == list(range(rows))
+    assert np.concatenate([part.block_tables for part in parts]).tolist() == batch.block_tables.tolist()
+    assert np.concatenate([part.token_ids[part.logits_rows] for part in parts]).tolist() == wanted
+    for part in parts:
+        first_row, counts, _ = part.sequences.T
+        assert first_row.tolist() == (np.cumsum(counts) - counts).tolist()
+        assert counts.sum() == len(part.token_ids)
+    assert np.concatenate([part.sequences[:, 1:] for part in parts]).tolist() == batch.sequences[:, 1:].tolist()
+    costs = [
+        sum(count * (1 + rows_per_token * (start + count)) for _, count, start in part.sequences) for part in parts
+    ]
+    assert max(costs) <= 1.1001 * sum(costs) / num_parts
+
+
+def test_sequences_that_cannot_be_dealt_evenly_stay_together() -> None:
+    batch = _batch([(300, 0), (20, 0), (20, 0)])
+    assert batch.split(2, 0.01)[0] is batch
+    assert len(_batch([(20, 0)] * 6).split(3, 0.01)) == 3
+
+
+def test_the_longest_item_comes_first() -> None:
+    work = _batch([(1, 10), (300, 0), (1, 400)]).attention_work(12, 2, 2)
+    tiles, items = work.tiles, work.items
+    cost = [(tiles[last - 1, 2] + 1) * (last - first) for first, last, *_ in items]
+    assert cost == sorted(cost, reverse=True)

@@ -1,0 +1,37 @@
+"""Every provider of every operation against its float64 definition, on fresh random inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from isologit.backends.cpu.providers import PROVIDERS as CPU
+from isologit.ops.definitions import OPS
+
+BACKENDS = {"cpu": CPU}
+TRIPLES = [(b, name, p) for b, listed in BACKENDS.items() for name, found in listed.items() for p in found]
+
+
+@pytest.mark.parametrize(("backend", "name", "provider"), TRIPLES)
+def test_provider_agrees_with_definition(backend: str, name: str, provider: str) -> None:
+    op = OPS[name]
+    for seed in range(12):
+        inputs = op.make_inputs(torch.Generator().manual_seed(seed))
+        wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        want = op.definition(**wide)
+        got = BACKENDS[backend][name][provider](**inputs)
+        assert torch.isfinite(got.double()).all()
+        assert (got.double() - want.double()).abs().max() <= op.tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_operation_has_a_provider(backend: str) -> None:
+    assert set(BACKENDS[backend]) == set(OPS)
+
+
+def test_a_wrong_provider_is_caught() -> None:
+    """The inverse: 1 % more gain is far outside the tolerance of the norm."""
+    op = OPS["rms_norm"]
+    inputs = op.make_inputs(torch.Generator().manual_seed(0))
+    wrong = CPU["rms_norm"]["numba"](**{**inputs, "gain": inputs["gain"] * 1.01})
+    assert (wrong - op.definition(**inputs)).abs().max() > 100 * op.tolerance
