@@ -49,7 +49,7 @@ class _Errors(logging.Handler):
 def fuzzed() -> Iterator[tuple[Running, _Errors]]:
     """A server whose answers are short, and what it logs."""
     errors = _Errors()
-    loggers = [logging.getLogger(name) for name in ("isologit.server", "uvicorn.error", "asyncio")]
+    loggers = [logging.getLogger(name) for name in ("isologit", "uvicorn.error", "asyncio")]
     for logger in loggers:
         logger.addHandler(errors)
     with running(ServerOptions(max_model_len=40, max_queue=64)) as server:

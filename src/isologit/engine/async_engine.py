@@ -16,10 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from isologit.common.logs import log_error
 from isologit.engine.loop import EngineLoop
 from isologit.engine.request import GenerationRequest, RequestOutput
 from isologit.errors import IsologitError, RequestError
-from isologit.common.logs import log_error
 
 _MOST_FAILURES_IN_A_ROW = 3
 _AGING_TOKENS_PER_S = 16.0  # longer requests go first, but a second of waiting is worth so many tokens
