@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from numba import njit
 
-from isologit.backends.cpu import kernels
+from isologit.backends.cpu import kernels, simd, step
 from isologit.backends.cpu.providers import linear_numba, packed_product, swiglu_numba
 from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS, row_max
 
@@ -47,6 +50,13 @@ def test_sixteen_bit_weights_are_widened_exactly() -> None:
     for storage in ("float16", "bfloat16"):
         weight = (torch.randn(32, 64, generator=generator) * 1e-3).to(getattr(torch, storage)).float()
         assert torch.equal(linear_numba(x, weight, storage), linear_numba(x, weight, "float32"))
+
+
+def test_the_cache_of_compiled_kernels_depends_on_every_source_of_them() -> None:
+    """Numba itself looks at the file of the outermost function only, and would run stale kernels."""
+    compiled = [step.run_step, step.choose_rows, kernels.linear, kernels.multiply_tiles]
+    files = {Path(inspect.getfile(function.py_func)) for function in compiled} | {Path(simd.__file__)}
+    assert files <= set(simd.kernel_sources())
 
 
 def test_argmax_reports_nan() -> None:

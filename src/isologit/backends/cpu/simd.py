@@ -44,6 +44,11 @@ PANEL_WIDTH = PANEL_VECTORS * VECTOR_WIDTH  # output columns of one weight panel
 TILE_ROWS = 12 if VECTOR_WIDTH == 16 else 6
 
 
+def kernel_sources() -> list[Path]:
+    """All files whose code may end up in a compiled kernel."""
+    return sorted(Path(__file__).parent.glob("*.py"))
+
+
 def use_versioned_cache() -> None:
     """Keep compiled kernels in a folder named after the sources, so that an edited helper never meets a stale kernel.
 
@@ -52,8 +57,7 @@ def use_versioned_cache() -> None:
     if os.environ.get("NUMBA_CACHE_DIR"):
         return
     digest = hashlib.sha256(numba.__version__.encode())
-    package = Path(__file__).parent.parent
-    for source in sorted([*package.glob("ops/*.py"), *package.glob("model/*.py")]):
+    for source in kernel_sources():
         digest.update(source.read_bytes())
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     numba.config.CACHE_DIR = str(root / "isologit" / f"kernels-{digest.hexdigest()[:16]}")
