@@ -13,14 +13,22 @@ import yaml
 from safetensors.torch import save_file
 from tests.checkpoints.mindspore_writer import fused, mindformers_names, write_mindspore_ckpt
 
-from isologit.checkpoints.checkpoint import open_checkpoint
+from isologit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from isologit.checkpoints.config_files import read_config
 from isologit.checkpoints.dummy import dummy_checkpoint
 from isologit.config import ModelConfig, RopeScaling
 from isologit.errors import ModelError
 
 TINY = ModelConfig(96, 32, 48, 2, 4, 2, 8, rms_norm_eps=1e-5, pad_token_id=0)
-REFERENCE = dummy_checkpoint(TINY)
+
+
+def held(config: ModelConfig, dtype: str = "float32") -> Checkpoint:
+    """Random weights in memory, so that their hash is that of their values, as a file's is."""
+    checkpoint = dummy_checkpoint(config, dtype=dtype)
+    return dataclasses.replace(checkpoint, tensors=dict(checkpoint.tensors))
+
+
+REFERENCE = held(TINY)
 WEIGHTS = mindformers_names(REFERENCE.tensors)
 SECTION: dict[str, Any] = {
     "type": "LlamaConfig",
@@ -71,7 +79,7 @@ def test_same_tensors_as_hugging_face(folder: Path, target: str) -> None:
 @pytest.mark.parametrize("biases", [False, True])
 def test_fused_matrices(tmp_path: Path, layout: str, qkv_name: str, biases: bool) -> None:
     config = dataclasses.replace(TINY, attention_bias=biases, mlp_bias=biases)
-    reference = dummy_checkpoint(config, dtype="bfloat16")
+    reference = held(config, "bfloat16")
     weights = fused(mindformers_names(reference.tensors), config, layout, qkv_name)
     assert f"model.layers.0.attention.{qkv_name}.weight" in weights
     assert "model.layers.0.attention.wq.weight" not in weights
@@ -115,7 +123,7 @@ def test_adapters_are_refused(folder: Path) -> None:
 
 def test_tied_head(folder: Path) -> None:
     config = dataclasses.replace(TINY, tie_word_embeddings=True)
-    reference = dummy_checkpoint(config)
+    reference = held(config)
     write_mindspore_ckpt(folder / "llama.ckpt", mindformers_names(reference.tensors))
     write_yaml(folder, tie_word_embeddings=True)
     checkpoint = open_checkpoint(folder)

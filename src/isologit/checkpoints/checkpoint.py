@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from isologit.checkpoints.config_files import read_config
+from isologit.checkpoints.hashing import model_digest
 from isologit.checkpoints.huggingface import read_safetensors, safetensors_files, shard_files
 from isologit.checkpoints.mindformers import check_qkv_layout, is_mindformers, to_huggingface
 from isologit.checkpoints.mindspore_ckpt import read_mindspore_ckpt
-from isologit.checkpoints.stored import LazyTensors, StoredTensor, checked_tensors, stored_dtype
+from isologit.checkpoints.stored import LazyTensors, StoredTensor, checked_tensors, in_memory, stored_dtype
+from isologit.checkpoints.streaming import Visit, read_weights
+from isologit.common.load_progress import OnLoadProgress
 from isologit.config import PRESETS, ModelConfig
 from isologit.errors import ModelError
 
@@ -26,28 +31,78 @@ _PICKLES = (".bin", ".pth", ".pt")
 class Checkpoint:
     """Config and weights. `tensors` is lazy: Hugging Face names, stored dtype, linear weights [out, in].
 
-    `source` is the folder or file it was opened from. A tied model has no `lm_head.weight`.
+    `source` is the folder or file it was opened from, `title` what a user knows it by. A tied model has no
+    `lm_head.weight`.
     """
 
     config: ModelConfig
     tensors: Mapping[str, torch.Tensor]
     source: Path
     kind: Kind
+    title: str = ""
     _sha256: str | None = field(default=None, init=False, repr=False, compare=False)
+
+    def read(
+        self,
+        visit: Visit | None = None,
+        *,
+        num_threads: int | None = None,
+        on_progress: OnLoadProgress | None = None,
+        doing: str = "reading weights",
+    ) -> None:
+        """Hand every block of every weight to `visit` (`streaming.read_weights`), and hash them on the way.
+
+        Raises ModelError for a file that cannot be read.
+        """
+        stored = self._stored()
+        digests = read_weights(stored, visit, num_threads=num_threads, on_progress=on_progress, doing=doing)
+        self._sha256 = model_digest(stored, digests)
 
     def sha256(self) -> str:
         """Hash of all names, shapes, dtypes and values: the same for the same weights in any file layout.
 
-        Reads every weight once (the first call only).
+        Known at once after `read`, and for random weights, which are told apart by what they are made from; otherwise
+        every weight is read once, by all cores.
         """
         if self._sha256 is None:
-            digest = hashlib.sha256()
-            for name in sorted(self.tensors):
-                tensor = self.tensors[name]
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-            self._sha256 = digest.hexdigest()
+            self.read()
+        assert self._sha256 is not None
         return self._sha256
+
+    def fingerprint(self) -> str:
+        """Hash of what can be known of the weights without reading them all.
+
+        Of files these are paths, sizes, times of the last change, tensors and a few samples of the bytes; so files that
+        are changed without any of these changing keep their fingerprint. Raises OSError when a file cannot be read.
+        """
+        stored = self._stored()
+        digest = hashlib.sha256(json.dumps(self.config.to_hf_dict(), sort_keys=True).encode())
+        for name, tensor in stored.items():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.digest}\n".encode())
+            digest.update(_edges(tensor))
+        for file in sorted({tensor.file for tensor in stored.values() if tensor.digest is None}):
+            facts = file.stat()
+            digest.update(f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def adopt_sha256(self, sha256: str) -> None:
+        """Take the hash that was found when the same fingerprint was read before."""
+        self._sha256 = sha256
+
+    def _stored(self) -> dict[str, StoredTensor]:
+        if isinstance(self.tensors, LazyTensors):
+            return self.tensors.stored
+        return in_memory(self.tensors, self.source)
+
+
+def _edges(tensor: StoredTensor) -> bytes:
+    """First and last row of what is in a file."""
+    if tensor.digest is not None:
+        return b""
+    rows = np.empty((2, tensor.row_bytes), np.uint8)
+    tensor.read(0, rows[:1])
+    tensor.read(tensor.num_rows - 1, rows[1:])
+    return rows.tobytes()
 
 
 def open_checkpoint(path: str | Path, *, config: str | Path | None = None, qkv_layout: str | None = None) -> Checkpoint:
@@ -70,7 +125,8 @@ def open_checkpoint(path: str | Path, *, config: str | Path | None = None, qkv_l
     if is_mindformers(stored):
         kind, stored = "mindformers", to_huggingface(stored, model_config, path, qkv_layout=qkv_layout)
     tensors = checked_tensors(stored, model_config, path)
-    return Checkpoint(replace(model_config, dtype=stored_dtype(tensors)), LazyTensors(tensors), path, kind)
+    model_config = replace(model_config, dtype=stored_dtype(tensors))
+    return Checkpoint(model_config, LazyTensors(tensors), path, kind, str(path))
 
 
 def _read_folder(folder: Path) -> dict[str, StoredTensor]:

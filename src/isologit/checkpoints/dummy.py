@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import torch
 
+from isologit.checkpoints import random_numbers
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.checkpoints.stored import EMBEDDING, HEAD, WEIGHT_DTYPES, LazyTensors, StoredTensor, expected_shapes
 from isologit.config import ModelConfig
@@ -21,10 +22,11 @@ _LOGIT_STD = 2.5  # spread of the logits: decided by the head, since the last no
 
 
 def dummy_checkpoint(config: ModelConfig, *, seed: int = 0, dtype: str = "float32") -> Checkpoint:
-    """A checkpoint of `config`'s shapes: normal weights, norm gains about 1, rounded to `dtype`.
+    """A checkpoint of `config`'s shapes: near-normal weights (`random_numbers`), norm weights about 1, in `dtype`.
 
-    Every tensor is drawn anew at each access from a seed made of (`seed`, name). Raises ConfigError for another dtype
-    than float16, bfloat16 or float32.
+    Each tensor's numbers follow from (`seed`, name) and are made anew at each access, so its hash follows from these,
+    shape, dtype, mean and spread without making them. Raises ConfigError for another dtype than float16, bfloat16 or
+    float32.
     """
     if dtype not in WEIGHT_DTYPES:
         raise ConfigError(f'dtype "{dtype}" is not supported; use one of {", ".join(WEIGHT_DTYPES)}')
@@ -33,16 +35,20 @@ def dummy_checkpoint(config: ModelConfig, *, seed: int = 0, dtype: str = "float3
     for name, shape in expected_shapes(config).items():
         mean, std = (1.0, _GAIN_STD) if name.endswith("norm.weight") else (0.0, _WEIGHT_STD)
         if name == head:
-            std = _LOGIT_STD / config.hidden_size**0.5
-        load = partial(_draw, name, shape, seed, mean, std, WEIGHT_DTYPES[dtype])
-        stored[name] = StoredTensor(shape, dtype, DUMMY_SOURCE, load)
-    return Checkpoint(replace(config, dtype=dtype), LazyTensors(stored), DUMMY_SOURCE, "dummy")
+            std = _LOGIT_STD / math.sqrt(config.hidden_size)
+        key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        made_from = f"random weights {random_numbers.VERSION} {key.hex()} {std.hex()} {mean.hex()}"
+        stored[name] = StoredTensor(
+            shape,
+            dtype,
+            DUMMY_SOURCE,
+            partial(_draw, int.from_bytes(key[:8], "little"), std, mean, dtype),
+            digest=hashlib.sha256(made_from.encode()).hexdigest(),
+        )
+    title = f"random weights, {config.num_parameters / 1e9:.2f}B parameters, seed {seed}"
+    return Checkpoint(replace(config, dtype=dtype), LazyTensors(stored), DUMMY_SOURCE, "dummy", title)
 
 
-def _draw(name: str, shape: tuple[int, ...], seed: int, mean: float, std: float, dtype: torch.dtype) -> torch.Tensor:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
-    values = generator.standard_normal(shape, dtype=np.float32)
-    values *= np.float32(std)
-    values += np.float32(mean)
-    return torch.from_numpy(values).to(dtype)
+def _draw(key: int, std: float, mean: float, dtype: str, first_row: int, out: np.ndarray) -> None:
+    items = out.shape[1] // WEIGHT_DTYPES[dtype].itemsize
+    random_numbers.fill(key, first_row * items, std, mean, dtype, out.reshape(-1))

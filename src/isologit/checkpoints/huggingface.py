@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from isologit.checkpoints.raw_file import RawFile
 from isologit.checkpoints.stored import StoredTensor
 from isologit.config.model_config import read_json_object
 from isologit.errors import ModelError
@@ -54,19 +57,32 @@ def read_safetensors(files: list[Path]) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in files:
         try:
-            handle: Any = safe_open(file, framework="pt")
-            for name in handle.keys():  # noqa: SIM118 - the handle is not a mapping
-                if name in stored:
-                    raise ModelError(f"{file}: holds {name}, which {stored[name].file.name} holds too; keep one")
-                view = handle.get_slice(name)
-                dtype = str(view.get_dtype())
-                stored[name] = StoredTensor(
-                    tuple(view.get_shape()), _DTYPES.get(dtype, dtype), file, partial(_load, handle, name)
-                )
+            with safe_open(file, framework="pt"):  # the library's own check of header, offsets and length
+                pass
+            raw = RawFile(file)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: is not a complete safetensors file ({error}); copy it again") from None
+        header, start = _header(raw)
+        for name, entry in header.items():
+            if name in stored:
+                raise ModelError(f"{file}: holds {name}, which {stored[name].file.name} holds too; keep one")
+            dtype, first = entry["dtype"], start + entry["data_offsets"][0]
+            stored[name] = StoredTensor(
+                tuple(entry["shape"]), _DTYPES.get(dtype, dtype), file, partial(_read, raw, first)
+            )
     return stored
 
 
-def _load(handle: Any, name: str) -> Any:
-    return handle.get_tensor(name)
+def _header(raw: RawFile) -> tuple[dict[str, Any], int]:
+    """Entries of all tensors, and where in the file their data begin."""
+    size = bytearray(8)
+    raw.read_into(0, size)
+    text = bytearray(int.from_bytes(size, "little"))
+    raw.read_into(len(size), text)
+    header = json.loads(text)
+    header.pop("__metadata__", None)
+    return header, len(size) + len(text)
+
+
+def _read(raw: RawFile, start: int, first_row: int, out: np.ndarray) -> None:
+    raw.read_into(start + first_row * out.shape[1], out.reshape(-1))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from isologit.checkpoints.stored import EMBEDDING, HEAD, StoredTensor
 from isologit.config import ModelConfig
@@ -115,11 +115,19 @@ def _split(
     for part, count in zip(parts, rows, strict=True):
         piece = _Slice(groups, start, start + count // groups)
         shape = (count, *tensor.shape[1:])
-        result[part] = StoredTensor(shape, tensor.dtype, tensor.file, partial(_load_slice, tensor, piece, shape))
+        result[part] = StoredTensor(shape, tensor.dtype, tensor.file, partial(_read_slice, tensor, piece))
         start = piece.stop
     return result
 
 
-def _load_slice(tensor: StoredTensor, piece: _Slice, shape: tuple[int, ...]) -> torch.Tensor:
-    grouped = tensor.load().view(piece.groups, -1, *shape[1:])  # [groups, rows of a group, ...]
-    return grouped[:, piece.start : piece.stop].reshape(shape)
+def _read_slice(tensor: StoredTensor, piece: _Slice, first_row: int, out: np.ndarray) -> None:
+    """Some rows of a part: what lies between them in the fused matrix is read with them."""
+    group_rows, own_rows = tensor.num_rows // piece.groups, piece.stop - piece.start
+    if piece.groups == 1:
+        tensor.read(piece.start + first_row, out)
+        return
+    first_group, last_group = first_row // own_rows, -(-(first_row + len(out)) // own_rows)
+    fused = np.empty(((last_group - first_group) * group_rows, out.shape[1]), np.uint8)
+    tensor.read(first_group * group_rows, fused)
+    own = fused.reshape(-1, group_rows, out.shape[1])[:, piece.start : piece.stop].reshape(-1, out.shape[1])
+    out[:] = own[first_row - first_group * own_rows :][: len(out)]

@@ -19,9 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from isologit.checkpoints.raw_file import RawFile
 from isologit.checkpoints.stored import WEIGHT_DTYPES, StoredTensor
 from isologit.errors import ModelError
 
@@ -31,7 +34,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _CRC_MARK = b"crc_num"
 _CRC_BYTES = 10
 _VARINT, _LENGTH_DELIMITED = 0, 2
-_CRC_CHUNK_BYTES = 1 << 26
+_CRC_CHUNK_BYTES = 1 << 24
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python's mmap has no name for it
 
 
@@ -59,6 +62,7 @@ def read_mindspore_ckpt(file: Path) -> dict[str, StoredTensor]:
     damaged, truncated or not of this format.
     """
     try:
+        raw = RawFile(file)
         with file.open("rb") as handle:
             # Copy-on-write: tensors over the mapping are writable and the file never changes. No memory is reserved for
             # it, so the file may be larger than memory.
@@ -69,14 +73,14 @@ def read_mindspore_ckpt(file: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror})") from None
     _refuse_other_formats(data, file)
-    end = _end_of_messages(data, file)
+    end = _end_of_messages(data, raw)
     try:
         tensors = _parse(data, end)
     except _EndOfBytes:
         raise ModelError(f"{file}: is truncated: its last tensor is cut off; copy it again") from None
     except (_Malformed, UnicodeDecodeError):
         raise ModelError(f"{file}: is not a MindSpore checkpoint, or is damaged; copy it again") from None
-    return {name: _stored(name, parts, data, file) for name, parts in tensors.items()}
+    return {name: _stored(name, parts, data, raw) for name, parts in tensors.items()}
 
 
 def _refuse_other_formats(data: mmap.mmap, file: Path) -> None:
@@ -86,16 +90,19 @@ def _refuse_other_formats(data: mmap.mmap, file: Path) -> None:
         raise ModelError(f"{file}: is a PyTorch file, not a MindSpore checkpoint; convert it to safetensors")
 
 
-def _end_of_messages(data: mmap.mmap, file: Path) -> int:
+def _end_of_messages(data: mmap.mmap, raw: RawFile) -> int:
     """Where the messages end: before the checksum, which is verified, or at the end of the file."""
     end = len(data) - _CRC_BYTES - len(_CRC_MARK)
     if end < 0 or data[end : end + len(_CRC_MARK)] != _CRC_MARK:
         return len(data)
     expected, actual = int.from_bytes(data[-_CRC_BYTES:], "big"), 0
-    for start in range(0, end, _CRC_CHUNK_BYTES):
-        actual = zlib.crc32(data[start : min(start + _CRC_CHUNK_BYTES, end)], actual)
+    chunk = memoryview(bytearray(min(_CRC_CHUNK_BYTES, end)))
+    for start in range(0, end, _CRC_CHUNK_BYTES):  # read, not mapped: pages of a mapping count as this process's memory
+        part = chunk[: end - start]
+        raw.read_into(start, part)
+        actual = zlib.crc32(part, actual)
     if actual != expected:
-        raise ModelError(f"{file}: its checksum is wrong, so the file is damaged; copy it again")
+        raise ModelError(f"{raw.path}: its checksum is wrong, so the file is damaged; copy it again")
     return end
 
 
@@ -177,10 +184,11 @@ def _varint(data: mmap.mmap, start: int, end: int) -> tuple[int, int]:
     raise _EndOfBytes if start + 10 > end else _Malformed
 
 
-def _stored(name: str, parts: _Parts, data: mmap.mmap, file: Path) -> StoredTensor:
-    dtype = _DTYPES.get(parts.type_name)
+def _stored(name: str, parts: _Parts, data: mmap.mmap, raw: RawFile) -> StoredTensor:
+    file, dtype = raw.path, _DTYPES.get(parts.type_name)
     if dtype is None:
-        return StoredTensor(parts.dims, parts.type_name or "no type", file, partial(_refuse_load, name, file))
+        refuse = partial(_refuse, name, file)
+        return StoredTensor(parts.dims, parts.type_name or "no type", file, refuse, refuse)
     num_bytes = sum(end - start for start, end in parts.ranges)
     item_bytes = WEIGHT_DTYPES[dtype].itemsize
     scalar = parts.dims == (0,) and num_bytes == item_bytes  # some versions write a scalar's dims so
@@ -190,16 +198,24 @@ def _stored(name: str, parts: _Parts, data: mmap.mmap, file: Path) -> StoredTens
             f"{file}: {name} has {num_bytes} bytes, but its shape {list(shape)} in {dtype} needs "
             f"{math.prod(shape) * item_bytes}; the file is truncated or damaged, copy it again"
         )
-    return StoredTensor(shape, dtype, file, partial(_load, data, parts.ranges, shape, WEIGHT_DTYPES[dtype]))
+    mapped = None
+    if len(parts.ranges) == 1 and parts.ranges[0][0] % item_bytes == 0:
+        mapped = partial(_map, data, parts.ranges[0][0], shape, WEIGHT_DTYPES[dtype])
+    return StoredTensor(shape, dtype, file, partial(_read, raw, parts.ranges), mapped)
 
 
-def _load(data: mmap.mmap, ranges: list[tuple[int, int]], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor over the mapped file; a copy where it is in parts or not aligned to its items."""
-    if len(ranges) == 1 and ranges[0][0] % dtype.itemsize == 0:
-        return torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=ranges[0][0]).view(shape)
-    joined = torch.cat([torch.frombuffer(data, dtype=torch.uint8, count=b - a, offset=a) for a, b in ranges])
-    return joined.view(dtype).view(shape)
+def _map(data: mmap.mmap, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
 
 
-def _refuse_load(name: str, file: Path) -> torch.Tensor:
+def _read(raw: RawFile, ranges: list[tuple[int, int]], first_row: int, out: np.ndarray) -> None:
+    """Rows of a tensor whose bytes lie in `ranges` of the file, one after another."""
+    left, skip = out.reshape(-1), first_row * out.shape[1]
+    for start, end in ranges:
+        taken = max(0, min(end - start - skip, len(left)))
+        raw.read_into(start + skip, left[:taken])
+        left, skip = left[taken:], max(0, skip - (end - start))
+
+
+def _refuse(name: str, file: Path, *_: object) -> Any:
     raise ModelError(f"{file}: {name} is not a tensor of weights")

@@ -1,14 +1,19 @@
-"""Stored weights before anyone reads them: name, shape, type and a way to load. Owns the check against a config."""
+"""Stored weights before anyone reads them: name, shape, type and a way to read. Owns the check against a config."""
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from isologit.common.workers import share
 from isologit.config import ModelConfig
 from isologit.errors import ModelError
 
@@ -16,17 +21,72 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 WEIGHT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
+_PIECE_BYTES = 4 << 20  # of a tensor that is loaded by several threads
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+# `read(first_row, out)` fills `out`, uint8 [rows, bytes of a row], with the rows from `first_row` on: little-endian, in
+# the stored dtype. Any thread may call it. Raises ModelError when the file cannot be read.
+ReadRows = Callable[[int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. `dtype` is the file format's own word when it is not one of `WEIGHT_DTYPES`."""
+    """A tensor in a file. `dtype` is the file format's own word when it is not one of `WEIGHT_DTYPES`.
+
+    read: gives some of its rows, which of a vector are the elements. mapped: the tensor over the mapped file, where
+    that needs no copy. digest: of the values (`hashing`), where it is known without reading them.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
-    load: Callable[[], torch.Tensor]
+    read: ReadRows
+    mapped: Callable[[], torch.Tensor] | None = None
+    digest: str | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row. `dtype` must be one of `WEIGHT_DTYPES`."""
+        return math.prod(self.shape[1:]) * WEIGHT_DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.num_rows * self.row_bytes
+
+    def load(self) -> torch.Tensor:
+        """The whole tensor; in memory of its own, read by all cores, unless it can be had over the mapped file."""
+        if self.mapped is not None:
+            return self.mapped()
+        tensor = torch.empty(self.shape, dtype=WEIGHT_DTYPES[self.dtype])
+        rows = tensor.view(-1).view(torch.uint8).numpy().reshape(self.num_rows, -1)
+        step = max(1, _PIECE_BYTES // max(1, self.row_bytes))
+        firsts = range(0, self.num_rows, step)
+        if len(firsts) == 1:
+            self.read(0, rows)
+        else:
+            threads = min(len(os.sched_getaffinity(0)), len(firsts))
+            share(firsts, lambda first: self.read(first, rows[first : first + step]), num_threads=threads)
+        return tensor
+
+
+def in_memory(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str, StoredTensor]:
+    """Tensors that are in memory already, as if they were stored in `file`."""
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return {
+        name: StoredTensor(tuple(t.shape), dtype_name(t.dtype), file, partial(_copy_rows, t))
+        for name, t in held.items()
+    }
+
+
+def _copy_rows(tensor: torch.Tensor, first_row: int, out: np.ndarray) -> None:
+    out[:] = tensor.view(-1).view(torch.uint8).numpy().reshape(-1, out.shape[1])[first_row : first_row + len(out)]
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
@@ -117,11 +177,26 @@ def stored_dtype(stored: Mapping[str, StoredTensor]) -> str:
 
 
 def _check_tied(head: StoredTensor, embedding: StoredTensor, source: Path) -> None:
-    if head.shape != embedding.shape or not torch.equal(head.load(), embedding.load()):
+    if head.shape != embedding.shape or not _same_values(head, embedding):
         raise ModelError(
             f"{source}: tie_word_embeddings is true, but {HEAD} is stored and differs from {EMBEDDING}; "
             "set tie_word_embeddings to false in the config"
         )
+
+
+def _same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    """Compared a few rows at a time: neither tensor need fit in memory."""
+    if not a.dtype == b.dtype in WEIGHT_DTYPES:
+        return False
+    step = max(1, _PIECE_BYTES // max(1, a.row_bytes))
+    for first in range(0, a.num_rows, step):
+        ours = np.empty((min(step, a.num_rows - first), a.row_bytes), np.uint8)
+        theirs = np.empty_like(ours)
+        a.read(first, ours)
+        b.read(first, theirs)
+        if not np.array_equal(ours, theirs):
+            return False
+    return True
 
 
 def _refuse_extra(names: list[str], config: ModelConfig, source: Path) -> None:
