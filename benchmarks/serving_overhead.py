@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from benchmarks.soak import server_process
+import psutil
 
 from isologit.bench.dialects import DIALECTS, LoadRequest
 from isologit.bench.streams import MessageStream
-from isologit.job.environment import describe_environment
+from isologit.common.environment import describe_environment
+from isologit.common.files import write_json
+from isologit.common.processes import server_process
 from isologit.workload import builtin_requests
 
 RESULTS = Path(__file__).parent / "results"
@@ -136,7 +138,9 @@ def main() -> None:
     for _ in range(asked.repeats):
         done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
         offline_runs.append(json.loads(done.stdout.splitlines()[-1]))
-        with server_process(*model_options, "--speculative-tokens", "0") as (url, process):
+        serve = [sys.executable, "-m", "isologit", "serve", "--port", "0", *model_options, "--speculative-tokens", "0"]
+        with server_process(serve) as server:
+            url, process = server.url, psutil.Process(server.pid)
             before = process.cpu_times()
             served = asyncio.run(over_http(url, requests, asked.backend, asked.stream))
             after = process.cpu_times()
@@ -170,8 +174,7 @@ def main() -> None:
     way = "stream" if asked.stream else "whole"
     name = f"serving-overhead-{asked.model or 'demo'}-{asked.backend}-{way}.json"
     output = asked.output or RESULTS / name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(output, result)
     print(f"offline {base:.2f} s, served {over:.2f} s: {100 * (over / base - 1):+.1f} % (bar +{100 * BAR:.0f} %)")
     print(f"{output}")
 

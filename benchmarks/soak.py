@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import json
 import random
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -37,7 +33,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from isologit import LLM, RequestOutput, SamplingParams
 from isologit.bench.dialects import DIALECTS, LoadRequest
 from isologit.bench.streams import MessageStream
-from isologit.job.environment import describe_environment
+from isologit.common.environment import describe_environment
+from isologit.common.files import write_json
+from isologit.common.processes import server_process
 from isologit.workload import builtin_requests, demo_model_path
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
@@ -337,30 +335,6 @@ def disagreements(load: Load, before: Metrics, after: Metrics) -> list[str]:
 # -- a server process -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def server_process(*options: str) -> Any:
-    """`isologit serve` on a free port; yields (url, psutil process)."""
-    arguments = [sys.executable, "-m", "isologit", "serve", "--port", "0", *options]
-    popen = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    try:
-        said = ""
-        assert popen.stderr is not None
-        for line in popen.stderr:
-            said += line
-            if found := re.search(r"http://[\d.]+:\d+", line):
-                break
-        else:
-            raise SystemExit(f"the server did not start:\n{said}")
-        yield found[0], psutil.Process(popen.pid)
-    finally:
-        popen.terminate()
-        try:
-            popen.wait(60)
-        except subprocess.TimeoutExpired:
-            popen.kill()
-            popen.wait()
-
-
 @dataclass
 class Samples:
     """What the server's process holds, over time."""
@@ -403,7 +377,9 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 async def soak(minutes: float, burst: int, seed: int, cases: Sequence[Case], options: Sequence[str]) -> dict[str, Any]:
     """Run and judge."""
-    with server_process(*options) as (url, process):
+    command = [sys.executable, "-m", "isologit", "serve", "--port", "0", *options]
+    with server_process(command) as server:
+        url, process = server.url, psutil.Process(server.pid)
         samples = Samples(process)
         async with Load(url, cases[:50], seed=seed + 1) as warm:
             await warm.burst(200)
@@ -476,8 +452,7 @@ def main() -> None:
     finally:
         llm.close()
     result = asyncio.run(soak(asked.minutes, asked.burst, asked.seed, cases, asked.options))
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
-    asked.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(asked.output, result)
     print(f"{result['verdict']}: {asked.output}")
     for problem in result["problems"]:
         print(f"  {problem}")

@@ -9,7 +9,6 @@ model that made the record, whatever the weights. Off and on alternate in one pr
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,9 @@ from benchmarks.peers.limits import least_seconds, measure_rates
 from benchmarks.peers.models import model_folder
 
 from isologit import LLM, GenerationRequest, SamplingParams
+from isologit.common.environment import describe_environment
+from isologit.common.files import write_json
 from isologit.config import load_model_config
-from isologit.job.environment import describe_environment
 from isologit.text.tokenizer import load_tokenizer
 from isologit.workload import RequestSpec, load_dataset, load_replay
 
@@ -69,7 +69,7 @@ def main() -> None:
             engine.close()
         off, on = (median(run["seconds"] for run in runs[name]) for name in ("off", "on"))
         result["cases"].append({**case, "off_s": off, "on_s": on, "times_faster": off / on, "runs": runs})
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.output, result)
     table = _table(result)
     args.output.with_suffix(".md").write_text(table)
     print(table)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from isologit import LLM, GenerationRequest, SamplingParams
+from isologit.common.files import write_json
 from isologit.config import load_model_config
 from isologit.job.machine import measure_limits
 from isologit.job.profile import profile
@@ -101,7 +102,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.output, result)
 
 
 if __name__ == "__main__":

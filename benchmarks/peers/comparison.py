@@ -16,8 +16,9 @@ from benchmarks.peers.systems import TUNED, Settings, System, settings_for
 from benchmarks.peers.table import OURS, agreement, markdown, summarise
 from benchmarks.peers.workloads import Lengths, Workload, workload_file
 
+from isologit.common.environment import describe_environment
+from isologit.common.files import write_json
 from isologit.config import PRESETS
-from isologit.job.environment import describe_environment
 
 # Requests that a sequential and a slow system run; their time is scaled by output tokens.
 _SEQUENTIAL_REQUESTS, _SLOW_REQUESTS = 20, 60
@@ -130,7 +131,7 @@ class Comparison:
     def _save(self, output: Path) -> None:
         if self.result["runs"]:
             self.result["summary"] = summarise(self.result["runs"], self.result["limits"])
-        output.write_text(json.dumps(self.result, indent=2) + "\n")
+        write_json(output, self.result)
         output.with_suffix(".md").write_text(markdown(self.result))
 
     def tune(self) -> None:
@@ -170,7 +171,7 @@ class Comparison:
 def _remember(workload: str, system: str, found: dict[str, Any]) -> None:
     tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     tuned.setdefault(workload, {})[system] = found
-    TUNED.write_text(json.dumps(tuned, indent=2) + "\n")
+    write_json(TUNED, tuned)
 
 
 def say_with_time(text: str) -> None:

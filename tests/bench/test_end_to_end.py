@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -17,21 +16,17 @@ from typing import Any
 
 import requests
 
+from isologit.common.processes import ServerProcess, server_process
+
 ISOLOGIT = (sys.executable, "-m", "isologit")
 NUM_REQUESTS = 60
 
 
 @contextmanager
-def served() -> Iterator[tuple[subprocess.Popen[str], int]]:
+def served() -> Iterator[tuple[ServerProcess, int]]:
     """A server process and its port."""
-    command = [*ISOLOGIT, "serve", "--port", "0", "--threads", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if line.startswith("serving "))
-        try:
-            yield process, int(line.split(" ")[3].rpartition(":")[2])
-        finally:
-            process.kill()
+    with server_process([*ISOLOGIT, "serve", "--port", "0", "--threads", "1"], start_s=120, stop_s=5) as server:
+        yield server, int(server.url.rpartition(":")[2])
 
 
 def isologit(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +60,7 @@ def test_the_archived_procedure_gives_the_offline_runs_texts(tmp_path: Path) -> 
             "--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "load.json",
         )  # fmt: skip
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 0
+        assert server.wait(60) == 0
     assert "All Tasks Done; Exec Time is " in done.stdout, done.stdout + done.stderr
     load = json.loads((tmp_path / "load.json").read_text())
     assert load["completed"] == load["issued"] == NUM_REQUESTS
@@ -91,7 +86,7 @@ def test_a_killed_server_ends_the_load_within_seconds(tmp_path: Path) -> None:
             while answered(port) < 10:
                 time.sleep(0.05)
             killed_at.append(time.monotonic())
-            os.kill(server.pid, signal.SIGKILL)
+            server.send_signal(signal.SIGKILL)
 
         killer = threading.Thread(target=kill)
         killer.start()

@@ -76,7 +76,7 @@ def test_a_failure_fails_its_request_alone_and_the_run(backend: str, failure: st
         run = run_load(_plan(server, _requests(["a", f"fail:{failure}", "b"]), backend=backend))
     assert [record.status for record in run.records] == ["completed", "failed", "completed"]
     assert run.records[1].error
-    assert judge(run).word == "INVALID"
+    assert judge(run).status == "INVALID"
     assert _codes(run) == ["failed_requests"]
     assert "All Tasks Done" not in contest_line(run)
 
@@ -112,7 +112,7 @@ def test_a_server_that_dies_ends_the_run_within_seconds(max_concurrency: int | N
     assert run.server_gone
     assert {record.status for record in run.records} == {"failed", "unsent"}
     assert all(record.error for record in run.records)
-    assert judge(run).word == "INVALID"
+    assert judge(run).status == "INVALID"
     assert _codes(run) == ["server_gone", "failed_requests", "unsent_requests"]
 
 

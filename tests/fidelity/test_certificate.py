@@ -42,7 +42,7 @@ class Run:
         options = {"expected_ids": self.ids, "eos_token_ids": (EOS,), "capture_plan": self.plan, **options}
         found = certify(self.records, self.captured, reference, **options)
         json.dumps(found.to_dict(), allow_nan=False)
-        assert found.statement().startswith(found.verdict)
+        assert found.statement().startswith(found.verdict.status)
         return found
 
 
@@ -70,7 +70,7 @@ def honest(reference: Reference) -> Run:
 
 
 def codes(certificate: Certificate) -> list[str]:
-    assert certificate.verdict == "INVALID"
+    assert certificate.verdict.status == "INVALID"
     return [reason.code for reason in certificate.reasons]
 
 
@@ -79,7 +79,7 @@ def test_an_honest_run_is_valid(honest: Run, reference: Reference) -> None:
     found = honest.certify(
         reference, hashes={"weights": "ab"}, num_refused=2, on_progress=lambda done, total: seen.append((done, total))
     )
-    assert found.verdict == "VALID"
+    assert found.verdict.status == "VALID"
     assert seen == [(i, 12) for i in range(1, 13)]
     assert found.requests.all_rescored
     assert found.captured.rows == found.captured_rows_given == len(honest.captured) >= 12
@@ -238,7 +238,7 @@ def test_ids_outside_the_vocabulary(honest: Run, reference: Reference) -> None:
 
 def test_a_budget_makes_a_sample_of_stated_size(honest: Run, reference: Reference) -> None:
     found = honest.certify(reference, max_requests=len(honest.plan) + 1, seed=5)
-    assert found.verdict == "VALID"
+    assert found.verdict.status == "VALID"
     assert found.requests.rescored == len(honest.plan) + 1
     assert found.captured.rows == len(honest.captured)
     assert not found.requests.all_rescored
@@ -260,7 +260,7 @@ def test_without_the_greedy_check_rows_still_decide(mode: Any, honest: Run, refe
         (i, index): rows[i][index].copy() for i, wanted in honest.plan.items() for index in resolve_capture(wanted, 6)
     }
     found = honest.certify(reference, mode=mode, replayed=given)
-    assert found.verdict == "VALID"
+    assert found.verdict.status == "VALID"
     assert found.requests.rescored == len(honest.plan)
     assert re.search("greedy check is left out", found.statement())
     assert found.to_dict()["greedy"]["checked"] is False
@@ -271,7 +271,7 @@ def test_without_the_greedy_check_rows_still_decide(mode: Any, honest: Run, refe
 
 def test_a_replay_must_give_back_its_tokens(honest: Run, reference: Reference) -> None:
     given = {r.request_id: list(r.token_ids) for r in honest.records}
-    assert honest.certify(reference, mode="replay", replayed=given).verdict == "VALID"
+    assert honest.certify(reference, mode="replay", replayed=given).verdict.status == "VALID"
     given["0"] = [5, *given["0"]]
     assert codes(honest.certify(reference, mode="replay", replayed=given)) == ["replay_differs"]
 
@@ -304,7 +304,7 @@ def _one_request(margin: float, *, observed: float = 0.0, noise: float = 0.0) ->
 
 def test_a_tie_needs_a_margin_that_rounding_explains() -> None:
     found = _one_request(1.9e-4, noise=1e-4)
-    assert found.verdict == "VALID"
+    assert found.verdict.status == "VALID"
     assert found.greedy is not None
     assert (found.greedy.agreed, found.greedy.ties, found.greedy.unexplained) == (1, 1, 0)
     assert found.to_dict()["greedy"]["divergences"] == [
@@ -318,12 +318,12 @@ def test_a_tie_needs_a_margin_that_rounding_explains() -> None:
         }
     ]
     assert codes(_one_request(2.1e-4, noise=1e-4)) == ["not_greedy"]
-    assert _one_request(1.9e-3, observed=1e-3).verdict == "VALID"
+    assert _one_request(1.9e-3, observed=1e-3).verdict.status == "VALID"
     assert codes(_one_request(2.1e-3, observed=1e-3)) == ["not_greedy"]
 
 
 def test_no_noise_explains_more_than_twice_the_tolerance() -> None:
-    assert _one_request(9.9e-3, noise=1.0).verdict == "VALID"
+    assert _one_request(9.9e-3, noise=1.0).verdict.status == "VALID"
     assert codes(_one_request(1.01e-2, noise=1.0)) == ["not_greedy"]
 
 

@@ -58,7 +58,7 @@ def test_same_rows_in_another_order_pass_when_paired_by_prompt(folders: tuple[Pa
     write_contest_logits(a, _rows())
     write_contest_logits(b, reversed(_rows()))
     found = compare_folders(a, b)
-    assert found.verdict
+    assert found.verdict.valid
     assert found.pairing == "prompt"
     assert found.comparison.max_abs == 0
     assert found.summary_lines()[0].startswith("PASS: 4 rows")
@@ -70,13 +70,13 @@ def test_without_an_index_colliding_keys_are_paired_by_time(folders: tuple[Path,
     write_contest_logits(b, _rows())
     (a / "index.jsonl").unlink()
     found = compare_folders(a, b)
-    assert found.verdict
+    assert found.verdict.valid
     assert found.pairing == "name"
 
     for file in b.iterdir():
         file.unlink()
     write_contest_logits(b, reversed(_rows()))
-    assert not compare_folders(a, b).verdict  # the contest's own weakness: another order, other pairs
+    assert not compare_folders(a, b).verdict.valid  # the contest's own weakness: another order, other pairs
 
 
 def test_the_worst_row_and_token_are_named(folders: tuple[Path, Path]) -> None:
@@ -84,7 +84,7 @@ def test_the_worst_row_and_token_are_named(folders: tuple[Path, Path]) -> None:
     files = write_contest_logits(a, _rows())
     write_contest_logits(b, _changed(_rows(), 2, _set(5, 99.0)))
     found = compare_folders(a, b)
-    assert not found.verdict
+    assert not found.verdict.valid
     assert found.failed == (files[2].name,)
     assert found.comparison.worst is not None
     assert (found.comparison.worst.key, found.comparison.worst.token) == (files[2].name, 5)
@@ -105,7 +105,7 @@ def test_every_kind_of_broken_row_fails(folders: tuple[Path, Path], change: Chan
     write_contest_logits(a, _rows())
     write_contest_logits(b, _changed(_rows(), 1, change))
     found = compare_folders(a, b)
-    assert not found.verdict
+    assert not found.verdict.valid
     assert getattr(found.comparison, figure) == 1
     json.dumps(found.to_dict(), allow_nan=False)
 
@@ -124,7 +124,7 @@ def test_missing_and_extra_rows_fail_and_are_named(folders: tuple[Path, Path]) -
     write_contest_logits(b, _rows(3))
     found = compare_folders(a, b)
     assert found.only_in_a == (kept[3].name,)
-    assert not found.verdict
+    assert not found.verdict.valid
     assert compare_folders(b, a).only_in_b == (kept[3].name,)
     assert any(kept[3].name in line for line in found.summary_lines())
 
@@ -133,10 +133,10 @@ def test_the_tolerance_is_numpys_with_b_as_the_base(folders: tuple[Path, Path]) 
     a, b = folders
     write_contest_logits(a, _changed(_rows(1), 0, _set(0, 1.0)))
     write_contest_logits(b, _changed(_rows(1), 0, _set(0, 1.004)))
-    assert compare_folders(a, b).verdict
-    assert not compare_folders(a, b, atol=3e-3).verdict
-    assert compare_folders(a, b, atol=0.0, rtol=0.004).verdict
-    assert not compare_folders(b, a, atol=0.0, rtol=0.0039).verdict
+    assert compare_folders(a, b).verdict.valid
+    assert not compare_folders(a, b, atol=3e-3).verdict.valid
+    assert compare_folders(a, b, atol=0.0, rtol=0.004).verdict.valid
+    assert not compare_folders(b, a, atol=0.0, rtol=0.0039).verdict.valid
 
 
 def test_captures_files_pair_with_each_other_and_with_contest_folders(folders: tuple[Path, Path]) -> None:
@@ -144,8 +144,8 @@ def test_captures_files_pair_with_each_other_and_with_contest_folders(folders: t
     a.mkdir()
     write_captures(a / CAPTURES, _rows(), {"run": "first"})
     write_contest_logits(b, reversed(_rows()))
-    assert compare_folders(a, b).verdict
-    assert compare_folders(a / CAPTURES, a).verdict
+    assert compare_folders(a, b).verdict.valid
+    assert compare_folders(a / CAPTURES, a).verdict.valid
     read = read_captures(a / CAPTURES)
     assert read.metadata == {"run": "first"}
     assert list(read.by_request()) == [(f"r{i}", 1) for i in range(4)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from isologit import LLM, SamplingParams
 from isologit.checkpoints.checkpoint import open_checkpoint
 from isologit.cli.app import app
+from isologit.common.processes import server_process
 from isologit.errors import ConfigError
 from isologit.server.contest_config import ContestConfig, load_contest_config
 from isologit.workload import demo_model_path
@@ -249,27 +250,15 @@ def test_a_server_starts_from_the_yaml(tmp_path: Path) -> None:
         tokenizer__vocab_file=str(demo_model_path() / "tokenizer.model"),
     )
     command = [sys.executable, "-m", "isologit", "serve", "--config", path.name, "--port", "0", "--threads", "1"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
-    ) as server:
-        try:
-            assert server.stderr is not None
-            said = []
-            for line in server.stderr:
-                said.append(line)
-                if line.startswith("serving "):
-                    break
-            assert said[-1].startswith("serving llama_7b on http://127.0.0.1:")
-            url = said[-1].split(" on ")[1].split(" ")[0]
-            assert f"{path.name}: model_config.prefill_batch_size has no effect: " in "".join(said)
-            event = requests.get(f"{url}/serving/get_serverd_model_info", timeout=60).text
-            assert '"model_id": "llama_7b"' in event
-            assert '"max_input_length": 512' in event
-            assert '"max_batch_total_tokens": 2048' in event
-            body = {"inputs": "Describe the fox.\n", "parameters": {"max_new_tokens": 5, "do_sample": "False"}}
-            answer = requests.post(f"{url}/models/llama2/generate", json=body, timeout=60).json()
-            assert answer["generated_text"] == _offline("Describe the fox.\n", 5)
-        finally:
-            server.terminate()
-            server.communicate(timeout=60)
-    assert server.returncode == 0
+    with server_process(command, cwd=tmp_path, environment={**os.environ, "COLUMNS": "200"}) as server:
+        assert f"serving llama_7b on {server.url}" in server.output
+        assert f"{path.name}: model_config.prefill_batch_size has no effect: " in server.output
+        event = requests.get(f"{server.url}/serving/get_serverd_model_info", timeout=60).text
+        assert '"model_id": "llama_7b"' in event
+        assert '"max_input_length": 512' in event
+        assert '"max_batch_total_tokens": 2048' in event
+        body = {"inputs": "Describe the fox.\n", "parameters": {"max_new_tokens": 5, "do_sample": "False"}}
+        answer = requests.post(f"{server.url}/models/llama2/generate", json=body, timeout=60).json()
+        assert answer["generated_text"] == _offline("Describe the fox.\n", 5)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0

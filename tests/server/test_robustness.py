@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ import httpx
 import pytest
 from starlette.types import Receive
 from tests.server.conftest import NAME, Running, running
-from tests.server.tools import PROMPT, SPOKEN, Process, Spoken, process, raw_request, steps_of, until
+from tests.server.tools import PROMPT, SPOKEN, Spoken, process, raw_request, steps_of, until
 
+from isologit.common.processes import ServerProcess
 from isologit.engine.request import GenerationRequest
 from isologit.server import service as service_module
 from isologit.server.run import ServerOptions
@@ -24,7 +26,7 @@ every_dialect = pytest.mark.parametrize("spoken", SPOKEN, ids=lambda spoken: spo
 both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
-def post(server: Running | Process, spoken: Spoken, tokens: int = 8, *, stream: bool = False) -> httpx.Response:
+def post(server: Running | ServerProcess, spoken: Spoken, tokens: int = 8, *, stream: bool = False) -> httpx.Response:
     path, body = spoken.request(tokens=tokens, stream=stream)
     return httpx.post(server.url + path, json=body, timeout=60)
 
@@ -32,7 +34,9 @@ def post(server: Running | Process, spoken: Spoken, tokens: int = 8, *, stream: 
 class Posting(threading.Thread):
     """A request on its way."""
 
-    def __init__(self, server: Running | Process, spoken: Spoken, tokens: int = 8, *, stream: bool = False) -> None:
+    def __init__(
+        self, server: Running | ServerProcess, spoken: Spoken, tokens: int = 8, *, stream: bool = False
+    ) -> None:
         super().__init__(daemon=True)
         self.arguments = (server, spoken, tokens, stream)
         self.answer: httpx.Response | Exception | None = None
@@ -307,7 +311,7 @@ logs.log_error = gate.log_error = async_engine.log_error = log_error
 """
 
 
-def ask_everything(server: Process) -> None:
+def ask_everything(server: ServerProcess) -> None:
     """Good and bad requests, all of them with the secret in the prompt."""
     with httpx.Client(base_url=server.url, timeout=30) as client:
         for spoken in SPOKEN:
@@ -327,11 +331,11 @@ def ask_everything(server: Process) -> None:
 def test_no_prompt_is_ever_logged(broken: str) -> None:
     with process(before=broken) as server:
         ask_everything(server)
-        server.popen.terminate()
+        server.send_signal(signal.SIGTERM)
         assert server.wait() == 0
-    assert SECRET not in server.stderr
-    assert "plugh" not in server.stderr
-    assert ("a request failed: ValueError" in server.stderr) == bool(broken)
+    assert SECRET not in server.output
+    assert "plugh" not in server.output
+    assert ("a request failed: ValueError" in server.output) == bool(broken)
 
 
 def test_an_engine_that_cannot_go_on_ends_the_process_with_1_and_logs_no_prompt() -> None:
@@ -339,15 +343,15 @@ def test_an_engine_that_cannot_go_on_ends_the_process_with_1_and_logs_no_prompt(
         assert httpx.get(f"{server.url}/health").status_code == 200
         ask_everything(server)
         assert server.wait() == 1
-    assert server.stderr.count("a step failed: ValueError") == 3
-    assert "plugh" not in server.stderr
+    assert server.output.count("a step failed: ValueError") == 3
+    assert "plugh" not in server.output
 
 
 def test_the_check_for_prompts_in_logs_finds_one() -> None:
     with process(before=BREAK_STEPS + LOG_MESSAGES) as server:
         ask_everything(server)
         assert server.wait() == 1
-    assert SECRET in server.stderr
+    assert SECRET in server.output
 
 
 def test_a_failing_server_gives_its_clients_the_last_word() -> None:

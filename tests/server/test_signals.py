@@ -14,7 +14,9 @@ import httpx
 import psutil
 import pytest
 from tests.server.conftest import NAME
-from tests.server.tools import SPOKEN, Process, Spoken, process, raw_request, until
+from tests.server.tools import SPOKEN, Spoken, process, raw_request, until
+
+from isologit.common.processes import ServerProcess
 
 both_signals = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 
@@ -32,7 +34,7 @@ Runner.execute = slowly
 class Reading(threading.Thread):
     """A stream that is read as it comes."""
 
-    def __init__(self, server: Process, spoken: Spoken, tokens: int) -> None:
+    def __init__(self, server: ServerProcess, spoken: Spoken, tokens: int) -> None:
         super().__init__(daemon=True)
         self.server, self.spoken, self.tokens = server, spoken, tokens
         self.content = b""
@@ -55,7 +57,7 @@ class Reading(threading.Thread):
 
 
 @contextlib.contextmanager
-def streaming(tokens: int = 40) -> Iterator[tuple[Process, list[Reading]]]:
+def streaming(tokens: int = 40) -> Iterator[tuple[ServerProcess, list[Reading]]]:
     """A slow server in the middle of a stream of every dialect."""
     with process(before=SLOW) as server:
         readings = [Reading(server, spoken, tokens) for spoken in SPOKEN]
@@ -66,7 +68,7 @@ def streaming(tokens: int = 40) -> Iterator[tuple[Process, list[Reading]]]:
 @both_signals
 def test_the_first_signal_drains_and_refuses_what_is_new(number: signal.Signals) -> None:
     with streaming() as (server, readings):
-        server.signal(number)
+        server.send_signal(number)
         refusals: list[httpx.Response] = []
         for spoken in SPOKEN:
             path, body = spoken.request()
@@ -80,17 +82,17 @@ def test_the_first_signal_drains_and_refuses_what_is_new(number: signal.Signals)
         for reading in readings:
             reading.join(10)
         assert all(reading.is_complete for reading in readings)
-        assert "Traceback" not in server.stderr
+        assert "Traceback" not in server.output
 
 
 @both_signals
 def test_the_second_signal_leaves_at_once(number: signal.Signals) -> None:
     with streaming(tokens=900) as (server, readings):
-        server.signal(number)
+        server.send_signal(number)
         path, body = SPOKEN[1].request()
         until(lambda: httpx.post(server.url + path, json=body, timeout=10).status_code == 503)
         start = time.monotonic()
-        server.signal(signal.SIGTERM if number is signal.SIGINT else signal.SIGINT)
+        server.send_signal(signal.SIGTERM if number is signal.SIGINT else signal.SIGINT)
         assert server.wait() == 130
         assert time.monotonic() - start < 2
         for reading in readings:
@@ -102,7 +104,7 @@ def test_without_requests_it_leaves_soon() -> None:
     with process() as server, httpx.Client(base_url=server.url) as idle:
         assert idle.get("/health").status_code == 200  # and the connection stays open
         start = time.monotonic()
-        server.signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         assert server.wait() == 0
         assert time.monotonic() - start < 5
 
@@ -112,7 +114,7 @@ def test_a_client_that_does_not_read_cannot_stop_it_from_leaving() -> None:
         body = {"model": "llama2", "prompt": "a", "n": 24, "max_tokens": 400, "logprobs": 20, "stream": True}
         lazy = raw_request(server.url, "/v1/completions", {**body, "ignore_eos": True}, buffer=4096)
         until(lambda: "vllm:num_requests_running{" in httpx.get(f"{server.url}/metrics").text)
-        server.signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         assert server.wait(40) == 0
         lazy.close()
 
@@ -120,8 +122,8 @@ def test_a_client_that_does_not_read_cannot_stop_it_from_leaving() -> None:
 def test_a_kill_leaves_nothing() -> None:
     with streaming(tokens=900) as (server, readings):
         port = httpx.URL(server.url).port
-        children = psutil.Process(server.popen.pid).children(recursive=True)
-        server.signal(signal.SIGKILL)
+        children = psutil.Process(server.pid).children(recursive=True)
+        server.send_signal(signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL
         for reading in readings:
             reading.join(10)
@@ -135,6 +137,6 @@ def test_a_kill_leaves_nothing() -> None:
 def test_it_listens_on_this_machine_only_and_only_once_it_says_so() -> None:
     with process() as server:
         assert httpx.get(f"{server.url}/health").status_code == 200
-        listening = [c for c in psutil.Process(server.popen.pid).net_connections("tcp") if c.status == "LISTEN"]
+        listening = [c for c in psutil.Process(server.pid).net_connections("tcp") if c.status == "LISTEN"]
         assert [c.laddr.ip for c in listening] == ["127.0.0.1"]
         assert json.loads(httpx.get(f"{server.url}/info").text)["model_id"] == NAME

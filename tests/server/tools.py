@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +17,7 @@ from tests.server.conftest import NAME, Running
 
 from isologit.bench.dialects import DIALECTS, Dialect
 from isologit.bench.streams import Message, MessageStream
+from isologit.common.processes import ServerProcess, server_process
 from isologit.engine.runner import StepResult
 from isologit.engine.scheduler import StepPlan
 
@@ -149,51 +146,10 @@ def raw_request(server_url: str, path: str, body: dict[str, Any], *, buffer: int
     return connection
 
 
-@dataclass
-class Process:
-    """`isologit serve` as a process."""
-
-    popen: subprocess.Popen[str]
-    url: str
-    lines: list[str]
-    reader: threading.Thread
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        self.popen.send_signal(number)
-
-    def wait(self, seconds: float = 30.0) -> int:
-        """The exit code."""
-        code = self.popen.wait(seconds)
-        self.reader.join(10)
-        return code
-
-    @property
-    def stderr(self) -> str:
-        """Everything said so far."""
-        return "".join(self.lines)
-
-
 @contextmanager
-def process(*options: str, before: str = "") -> Iterator[Process]:
-    """A server process on a free port. before: Python code that runs in it first."""
+def process(*options: str, before: str = "") -> Iterator[ServerProcess]:
+    """`isologit serve` as a process on a free port. before: Python code that runs in it first."""
     code = f"{before}\nfrom isologit.cli import main\nmain()"
-    arguments = [sys.executable, "-c", code, "serve", "--port", "0", "--threads", "1"]
-    arguments += ["--served-model-name", NAME, *options]
-    popen = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)
-    lines: list[str] = []
-    assert popen.stderr is not None
-    for line in popen.stderr:
-        lines.append(line)
-        if found := re.search(r"http://[\d.]+:\d+", line):
-            break
-    else:
-        raise AssertionError("".join(lines))
-    reader = threading.Thread(target=lambda: lines.extend(popen.stderr or []), daemon=True)
-    reader.start()
-    try:
-        yield Process(popen, found[0], lines, reader)
-    finally:
-        popen.kill()
-        popen.wait()
-        reader.join(10)
+    command = [sys.executable, "-c", code, "serve", "--port", "0", "--threads", "1"]
+    with server_process([*command, "--served-model-name", NAME, *options], start_s=120, stop_s=5) as server:
+        yield server

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from isologit.bench.files import write_json
 from isologit.bench.load import LoadRun
+from isologit.common.files import write_json
 
 
 def contest_records(run: LoadRun) -> list[dict[str, Any]]:

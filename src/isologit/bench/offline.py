@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from isologit.common.environment import describe_environment
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.errors import RequestError
-from isologit.job.environment import describe_environment
 
 PERCENTAGES = (10, 25, 50, 75, 90, 99)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from isologit.bench.load import LoadRun, RequestRecord
 from isologit.bench.metrics import measured
 from isologit.bench.options import ServingOptions, plain
-from isologit.bench.verdict import Verdict
-from isologit.job.environment import describe_environment
+from isologit.bench.verdict import measure_lag
+from isologit.common.environment import describe_environment
+from isologit.common.verdict import Verdict
 
 FORMAT_VERSION = 1
 _MAX_FAILURES = 100
@@ -37,6 +39,7 @@ def build_result(
     time a request was due; `send_times` are when it was sent. A failed request has None for times it does not have.
     """
     started = datetime.fromtimestamp(run.started_at).astimezone()
+    lag = measure_lag(run)
     reported = [record.reported_tokens for record in run.records if record.status == "completed"]
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -54,6 +57,7 @@ def build_result(
         **figures,
         "reported_output_tokens": None if None in reported else sum(count or 0 for count in reported),
         **verdict.to_dict(),
+        "lag": None if lag is None else asdict(lag),
         "failures": _failures(run.records),
         "seed": options.seed,
         "options": options.to_dict(),

@@ -18,8 +18,9 @@ from isologit.bench.metrics import measure, output_lengths
 from isologit.bench.options import ServingOptions
 from isologit.bench.prompts import find_tokenizer, timed_requests, warmup_requests
 from isologit.bench.result import build_result
-from isologit.bench.verdict import Verdict, judge
-from isologit.job.progress import Observer, Progress, Silent
+from isologit.bench.verdict import judge
+from isologit.common.progress import Observer, Progress, Silent
+from isologit.common.verdict import Verdict
 
 _CONTEST_MODEL = "llama2"
 _ASK_S = 30.0

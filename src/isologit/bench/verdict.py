@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import numpy as np
 
 from isologit.bench.load import LoadRun, RequestRecord
+from isologit.common.verdict import Reason, Verdict
 
 LAG_LIMIT = 0.01
 _NAMED = 5  # ids named in a message
-
-Word = Literal["VALID", "INVALID", "NOT CERTIFIED"]
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why a run does not count: `code` for programs, `message` for people."""
-
-    code: str
-    message: str
 
 
 @dataclass(frozen=True)
@@ -40,37 +30,19 @@ class Lag:
     of_duration: float
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """VALID: every request was answered. INVALID: one was not. NOT CERTIFIED: the generator was too slow itself."""
-
-    word: Word
-    reasons: list[Reason]
-    lag: Lag | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Keys `verdict`, `reasons`, `lag`."""
-        return {
-            "verdict": self.word,
-            "reasons": [asdict(reason) for reason in self.reasons],
-            "lag": None if self.lag is None else asdict(self.lag),
-        }
-
-
 def judge(run: LoadRun) -> Verdict:
     """Issued = completed + failed with each id once and none failed; and a generator less than 1 % late."""
-    reasons = _conservation(run)
-    lag = _lag(run)
-    if reasons:
-        return Verdict("INVALID", reasons, lag)
+    if reasons := _conservation(run):
+        return Verdict.of(reasons)
+    lag = measure_lag(run)
     if lag is not None and max(lag.of_latency, lag.of_duration) > LAG_LIMIT:
         message = (
             f"the load generator was late itself: {lag.mean_ms:.1f} ms on average, {100 * lag.of_latency:.1f} % of the "
             f"mean latency, with a p99 of {lag.p99_ms:.1f} ms, {100 * lag.of_duration:.1f} % of the duration; "
             f"{100 * LAG_LIMIT:g} % is allowed"
         )
-        return Verdict("NOT CERTIFIED", [Reason("generator_lag", message)], lag)
-    return Verdict("VALID", [], lag)
+        return Verdict("NOT CERTIFIED", (Reason("generator_lag", message),))
+    return Verdict("VALID")
 
 
 def _conservation(run: LoadRun) -> list[Reason]:
@@ -106,7 +78,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
-def _lag(run: LoadRun) -> Lag | None:
+def measure_lag(run: LoadRun) -> Lag | None:
+    """None when nothing was dispatched or completed."""
     lags = np.array([r.dispatched_s - r.scheduled_s for r in run.records if r.dispatched_s is not None])
     latencies = [
         r.finished_s - r.scheduled_s for r in run.records if r.status == "completed" and r.finished_s is not None

@@ -67,7 +67,7 @@ def compare(
         sides = [path / LOGITS if (path / LOGITS).is_dir() else path for path in (a, b)]
         found = compare_folders(*sides, atol=atol, rtol=_CONTEST_RTOL if contest_rtol else rtol)
         print(json.dumps(found.to_dict()) if as_json else "\n".join(found.summary_lines()))
-        passed = found.verdict
+        passed = found.verdict.valid
     raise typer.Exit(Exit.OK if passed else Exit.INVALID)
 
 

@@ -193,7 +193,7 @@ def serve(
             from isologit.bench.contest import write_contest_result
 
             print(write_contest_result(out_dir, request_rate, measurement.run))
-    raise typer.Exit(Exit.OK if measurement.verdict.word == "VALID" else Exit.INVALID)
+    raise typer.Exit(Exit.OK if measurement.verdict.valid else Exit.INVALID)
 
 
 def _measure(options: ServingOptions, *, detailed: bool) -> Measurement:
@@ -209,7 +209,7 @@ def _measure(options: ServingOptions, *, detailed: bool) -> Measurement:
 
 
 def _save(measurement: Measurement, folder: Path, name: str | None) -> None:
-    from isologit.bench.files import write_json
+    from isologit.common.files import write_json
 
     path = folder / (name or measurement.file_name)
     write_json(path, measurement.result)
@@ -323,7 +323,7 @@ def sweep(
             ):
                 print_measurement(measurement)
                 _save(measurement, result_dir, None)
-                valid &= measurement.verdict.word == "VALID"
+                valid &= measurement.verdict.valid
     raise typer.Exit(Exit.OK if valid else Exit.INVALID)
 
 
@@ -348,8 +348,8 @@ def throughput(
         from isologit.bench.offline import measure_throughput
         from isologit.cli.display import display
         from isologit.job.engine import load_engine
+        from isologit.job.meter import InferenceMeter
         from isologit.job.preprocess import preprocess
-        from isologit.job.progress import InferenceMeter
 
         options = RunOptions(
             model=model,
@@ -409,8 +409,8 @@ def latency(
     with reporting_errors():
         from isologit.bench.offline import measure_latency, random_batch
         from isologit.cli.display import display
+        from isologit.common.progress import Progress
         from isologit.job.engine import load_engine
-        from isologit.job.progress import Progress
 
         options = RunOptions(
             model=model,
@@ -445,7 +445,7 @@ def latency(
 
 def _write_output(path: Path | None, found: dict[str, Any]) -> None:
     if path is not None:
-        from isologit.bench.files import write_json
+        from isologit.common.files import write_json
 
         write_json(path, found)
         print(path)

@@ -11,8 +11,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from isologit.job.progress import Observer, Silent
-from isologit.job.progress import Progress as JobProgress
+from isologit.common.progress import Observer, Silent
+from isologit.common.progress import Progress as JobProgress
 
 _LINE_EVERY_S = 5.0
 

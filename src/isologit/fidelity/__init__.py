@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from isologit.fidelity.capture_file import CAPTURES, Captures, read_captures, write_captures
-from isologit.fidelity.certificate import Certificate, GreedyCheck, Reason, RequestCounts
+from isologit.fidelity.certificate import Certificate, GreedyCheck, RequestCounts
 from isologit.fidelity.certifier import certify
 from isologit.fidelity.compare import ATOL, Comparison, ComparisonAccumulator, compare_rows
 from isologit.fidelity.contest import contest_positions, write_contest_logits
@@ -28,7 +28,6 @@ __all__ = [
     "GreedyCheck",
     "LogitsFileError",
     "NoiseFloor",
-    "Reason",
     "Reference",
     "RequestCounts",
     "ScoredRequest",

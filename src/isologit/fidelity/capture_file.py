@@ -16,7 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from isologit.fidelity.files import LogitsFileError, write_atomically
+from isologit.common.files import write_atomically
+from isologit.fidelity.files import LogitsFileError
 from isologit.fidelity.rows import CapturedRow
 
 CAPTURES = "captures.safetensors"

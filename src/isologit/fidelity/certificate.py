@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from isologit.common.verdict import Reason, Verdict
 from isologit.fidelity.compare import Comparison
 from isologit.fidelity.files import json_number
 from isologit.fidelity.reference import NoiseFloor
@@ -22,17 +23,6 @@ _NO_GREEDY = {
     "replay": "The output tokens were given beforehand (replay), so the greedy check is left out.",
     "sampled": "The output tokens were drawn at random (sampled), so the greedy check is left out.",
 }
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why a run is INVALID: a code for machines (see docs/fidelity.md) and a sentence for people."""
-
-    code: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -100,9 +90,9 @@ class Certificate:
     hashes: Mapping[str, str]
 
     @property
-    def verdict(self) -> Literal["VALID", "INVALID"]:
-        """INVALID as soon as there is one reason."""
-        return "INVALID" if self.reasons else "VALID"
+    def verdict(self) -> Verdict:
+        """INVALID as soon as there is one reason; their codes are listed in docs/fidelity.md."""
+        return Verdict.of(self.reasons)
 
     def statement(self) -> str:
         """The certificate as one paragraph."""
@@ -141,7 +131,7 @@ class Certificate:
         """Pure JSON: no NaN, no infinity."""
         counts = self.requests
         return {
-            "verdict": self.verdict,
+            "verdict": self.verdict.status,
             "reasons": [str(reason) for reason in self.reasons],
             "reason_codes": [reason.code for reason in self.reasons],
             "statement": self.statement(),

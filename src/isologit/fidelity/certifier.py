@@ -14,8 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from isologit.fidelity.certificate import Certificate, GreedyCheck, Mode, Reason, RequestCounts
-from isologit.fidelity.compare import ATOL, Comparison, ComparisonAccumulator
+from isologit.common.verdict import Reason
+from isologit.fidelity.certificate import Certificate, GreedyCheck, Mode, RequestCounts
+from isologit.fidelity.compare import ATOL, ComparisonAccumulator
 from isologit.fidelity.plan import resolve_capture
 from isologit.fidelity.reference import NoiseFloor
 from isologit.fidelity.rescore import Divergence, ScoredRequest, bad_token, find_divergences, finish_problem
@@ -87,7 +88,7 @@ def certify(
     order = _order(completed, captured, set(strange), with_rest=mode == "greedy", seed=seed)
     scored = _score(order, captured, reference, mode, atol, rtol, max_requests, time_budget_s, on_progress)
     comparison = scored.rows.result()
-    reasons += _comparison_reasons(comparison)
+    reasons += comparison.reasons("captured ")
     if scored.broken:
         reasons.append(
             Reason("reference_not_finite", f"the reference's own logits are not finite in {_names(scored.broken)}")
@@ -246,34 +247,6 @@ def _order(
     first = [i for i in shuffled if i in with_rows]
     rest = [i for i in shuffled if i not in with_rows] if with_rest else []
     return [completed[i] for i in first + rest]
-
-
-def _comparison_reasons(found: Comparison) -> list[Reason]:
-    """The checks of the captured rows in their order: shape, dtype, finite, tolerance."""
-    where = found.first_problem
-    reasons = []
-    if found.shape_mismatches:
-        reasons.append(
-            Reason("shape", f"{found.shape_mismatches} captured rows have the wrong shape; first problem: {where}")
-        )
-    if found.dtype_mismatches:
-        reasons.append(
-            Reason("dtype", f"{found.dtype_mismatches} captured rows are not float32; first problem: {where}")
-        )
-    if found.nonfinite:
-        reasons.append(
-            Reason("not_finite", f"{found.nonfinite} captured values are not finite; first problem: {where}")
-        )
-    if found.over_tolerance and found.worst is not None:
-        worst = found.worst
-        reasons.append(
-            Reason(
-                "over_tolerance",
-                f"{found.over_tolerance} of {found.values} captured values are over the tolerance of {found.atol:g}; "
-                f"the largest difference is {worst.abs_diff:.3g} ({worst.key}, token {worst.token})",
-            )
-        )
-    return reasons
 
 
 def _noise_floor(reference: ScoringReference, done: Sequence[ScoredRequest]) -> NoiseFloor | None:

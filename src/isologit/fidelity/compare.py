@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from isologit.common.verdict import Reason
 from isologit.fidelity.files import json_number
 from isologit.fidelity.magnitudes import Magnitudes
 
@@ -78,6 +79,20 @@ class Comparison:
         """Something was compared, all of it could be, every value is finite, and none is over the tolerance."""
         problems = self.shape_mismatches + self.dtype_mismatches + self.nonfinite + self.over_tolerance
         return self.rows > 0 and problems == 0
+
+    def reasons(self, kind: str = "") -> list[Reason]:
+        """Why it fails, in the order of the checks: shape, dtype, finite, tolerance. kind: says which rows they are."""
+        where = f"first problem: {self.first_problem}"
+        found = [
+            ("shape", self.shape_mismatches, f"{kind}rows have the wrong shape; {where}"),
+            ("dtype", self.dtype_mismatches, f"{kind}rows are not float32; {where}"),
+            ("not_finite", self.nonfinite, f"{kind}values are not finite; {where}"),
+        ]
+        if self.worst is not None:
+            worst = f"{self.worst.abs_diff:.3g} ({self.worst.key}, token {self.worst.token})"
+            over = f"of {self.values} {kind}values are over the tolerance of {self.atol:g}; the largest difference is"
+            found.append(("over_tolerance", self.over_tolerance, f"{over} {worst}"))
+        return [Reason(code, f"{count} {message}") for code, count, message in found if count]
 
     def to_dict(self) -> dict[str, Any]:
         """Pure JSON; a figure that is not finite is None."""

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from isologit.common.files import write_atomically
 from isologit.errors import OutputFolderError
-from isologit.fidelity.files import LogitsFileError, write_atomically
+from isologit.fidelity.files import LogitsFileError
 from isologit.fidelity.rows import CapturedRow
 
 EVERY = 100

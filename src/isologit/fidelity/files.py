@@ -1,12 +1,10 @@
-"""Habits every file of this room shares: atomic writing, hashes of tokens and of code, JSON without NaN."""
+"""Habits every file of this room shares: hashes of tokens and of code, JSON without NaN."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from isologit.errors import UserError
@@ -14,20 +12,6 @@ from isologit.errors import UserError
 
 class LogitsFileError(UserError):
     """A file or folder of logits cannot be read or paired."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary path)` make the file, then move it to `path`: a reader sees all of it or nothing."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def token_hash(token_ids: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from isologit.common.verdict import Reason, Verdict
 from isologit.fidelity.capture_file import CAPTURES, read_captures
 from isologit.fidelity.compare import ATOL, Comparison, ComparisonAccumulator
 from isologit.fidelity.contest import LogitsName, read_contest_row, read_sidecar
@@ -62,15 +63,23 @@ class FolderComparison:
     comparison: Comparison
 
     @property
-    def verdict(self) -> bool:
-        """Both hold the same keys, and every row passes."""
-        return not self.only_in_a and not self.only_in_b and self.comparison.ok
+    def verdict(self) -> Verdict:
+        """VALID: both hold the same keys, and every row passes."""
+        reasons = [
+            Reason(code, f"{len(names)} rows are only in {where}: {_listing(names)}")
+            for code, names, where in (("only_in_a", self.only_in_a, self.a), ("only_in_b", self.only_in_b, self.b))
+            if names
+        ]
+        reasons += self.comparison.reasons()
+        if not self.comparison.ok and not reasons:
+            reasons.append(Reason("no_rows", "nothing was checked: no row could be compared"))
+        return Verdict.of(reasons)
 
     def summary_lines(self) -> list[str]:
         """The result for people, worst first."""
         found = self.comparison
         lines = [
-            f"{'PASS' if self.verdict else 'FAIL'}: {found.rows} rows compared, paired by {self.pairing}; "
+            f"{'PASS' if self.verdict.valid else 'FAIL'}: {found.rows} rows compared, paired by {self.pairing}; "
             f"|a - b| <= {found.atol:g} + {found.rtol:g} * |b|"
         ]
         for names, where in ((self.only_in_a, self.a), (self.only_in_b, self.b)):
@@ -100,7 +109,7 @@ class FolderComparison:
     def to_dict(self) -> dict[str, Any]:
         """Pure JSON."""
         return {
-            "verdict": self.verdict,
+            **self.verdict.to_dict(),
             "a": self.a,
             "b": self.b,
             "tolerance": {"atol": self.comparison.atol, "rtol": self.comparison.rtol},

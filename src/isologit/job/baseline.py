@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from isologit.common.progress import Observer, Progress
 from isologit.engine.request import GenerationRequest
 from isologit.job.engine import Engine, TimedReference
-from isologit.job.progress import Observer, Progress
 from isologit.job.threads import fastest_thread_count, torch_threads
 
 _CALIBRATION_TOKENS = 6

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from isologit.common.files import json_text, write_text
 from isologit.errors import OutputFolderError
-from isologit.fidelity.files import write_atomically
 
 RESULT = "result.json"
 CERTIFICATE = "certificate.json"
@@ -96,20 +96,11 @@ class OutputFolder:
 
     def write_json(self, name: str, thing: Mapping[str, Any]) -> None:
         """Replace a file with one indented JSON object."""
-        self._write_text(name, [json.dumps(thing, ensure_ascii=False, indent=2, allow_nan=False), "\n"])
+        write_text(self.path / name, [json_text(thing)])
 
     def write_lines(self, name: str, things: Iterable[Mapping[str, Any]]) -> None:
         """Replace a file with one JSON object a line."""
-        self._write_text(name, (json_line(thing) for thing in things))
-
-    def _write_text(self, name: str, parts: Iterable[str]) -> None:
-        def write(temporary: Path) -> None:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-
-        write_atomically(self.path / name, write)
+        write_text(self.path / name, (json_line(thing) for thing in things))
 
     def write_logits(self, write: Callable[[Path], object]) -> None:
         """Let `write(folder)` fill a folder, then make it `logits/`; one that is there already is kept."""

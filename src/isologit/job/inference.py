@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from isologit.common.progress import Observer
 from isologit.engine.request import GenerationRequest
 from isologit.job.engine import Engine
 from isologit.job.folder import OutputFolder
 from isologit.job.journal import Journal
-from isologit.job.progress import InferenceMeter, Observer
+from isologit.job.meter import InferenceMeter
 from isologit.job.state import RunState, Segment
 
 

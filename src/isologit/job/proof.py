@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from isologit.common.progress import Observer, Progress
 from isologit.fidelity import (
     CAPTURES,
     CapturedRow,
@@ -26,7 +27,6 @@ from isologit.job.engine import Engine, TimedReference
 from isologit.job.journal import FinishedRequest
 from isologit.job.options import RunOptions
 from isologit.job.preprocess import Prepared
-from isologit.job.progress import Observer, Progress
 
 Rows = Mapping[tuple[str, int], np.ndarray]
 CapturePlan = dict[str, frozenset[int]]

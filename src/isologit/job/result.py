@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from isologit.common.environment import describe_environment
 from isologit.engine.planner import Plan
 from isologit.fidelity import Certificate
 from isologit.job.baseline import Baseline
 from isologit.job.engine import Engine
-from isologit.job.environment import describe_environment
 from isologit.job.journal import FinishedRequest
 from isologit.job.options import RunOptions
 from isologit.job.preprocess import Prepared
@@ -182,7 +182,7 @@ def _plan(found: Findings, inference_s: float) -> dict[str, Any] | None:
 def _verdict(certificate: Certificate) -> dict[str, Any]:
     greedy = certificate.greedy
     return {
-        "verdict": certificate.verdict,
+        "verdict": certificate.verdict.status,
         "reasons": [str(reason) for reason in certificate.reasons],
         "rescored": certificate.requests.rescored,
         "captured_rows": certificate.captured.rows,

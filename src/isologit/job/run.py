@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from isologit.common.progress import Observer, Silent
 from isologit.errors import DatasetError, IsologitError
 from isologit.job.baseline import Baseline, measure_baseline
 from isologit.job.engine import Engine, EngineFactory, ReferenceFactory, TimedReference, load_engine, load_reference
@@ -24,7 +25,6 @@ from isologit.job.options import RunOptions
 from isologit.job.outputs import output_lines, step_lines
 from isologit.job.preprocess import Prepared, preprocess
 from isologit.job.profile import profile
-from isologit.job.progress import Observer, Silent
 from isologit.job.proof import add_contest_rows, fresh_capture_seed, hashes, make_certificate, plan_capture, save_rows
 from isologit.job.result import Clock, Findings, RunResult, build_result, inference_seconds
 from isologit.job.state import RunState, Segment, load_state

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from isologit.common.files import write_text
 from isologit.errors import OutputFolderError
 from isologit.report import figures, load_figures, text
 from isologit.report.load_results import LoadResult, Requests, read_load_results
-from isologit.report.page import KeyFigure, Plot, Table, template, write_whole
+from isologit.report.page import KeyFigure, Plot, Table, template
 from isologit.report.svg import Floats
 
 _PHASES = ("held back", "waiting for its first token", "being answered")
@@ -76,7 +77,9 @@ def render_load_report(folder: Path) -> Path:
         sections=_sections(results),
         facts=_facts(results),
     )
-    return write_whole(folder / "report.html", page)
+    path = folder / "report.html"
+    write_text(path, [page])
+    return path
 
 
 def _worst(results: Sequence[LoadResult]) -> str:

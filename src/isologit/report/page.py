@@ -6,8 +6,6 @@ keys the files have is for `results`. It sees no live state: the page can be mad
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from isologit.common.files import write_text
 from isologit.errors import OutputFolderError
 from isologit.report import figures, text
 from isologit.report.results import Outputs, Steps, dig, read_json, read_outputs, read_steps
@@ -82,7 +81,9 @@ def render_report(folder: Path) -> Path:
         samples=outputs.samples,
         facts=_fact_tables(result),
     )
-    return write_whole(folder / "report.html", page)
+    path = folder / "report.html"
+    write_text(path, [page])
+    return path
 
 
 def _mode(result: Mapping[str, Any]) -> str:
@@ -202,17 +203,3 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
     )
     return environment.get_template(name)
-
-
-def write_whole(path: Path, page: str) -> Path:
-    """Replace `path` in one move, so that a reader never sees half a page."""
-    handle, name = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path

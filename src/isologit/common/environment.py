@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-import isologit
+from isologit import __version__
 
 _PACKAGES = ("torch", "numba", "transformers", "numpy", "safetensors", "tokenizers", "sentencepiece")
 
@@ -25,7 +25,7 @@ def describe_environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "git_revision": _git_revision(),
-        "versions": {"isologit": isologit.__version__, **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"isologit": __version__, **{name: _version(name) for name in _PACKAGES}},
     }
 
 
@@ -48,7 +48,7 @@ def _version(package: str) -> str | None:
 
 def _git_revision() -> str | None:
     """The commit the package's own source is at, with `+changes` when files differ from it."""
-    source = Path(isologit.__file__).parent
+    source = Path(__file__).resolve().parents[1]
     try:
         if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
             return None  # inside someone else's repository

@@ -1,43 +1,16 @@
-"""How far a run is, told to whoever shows it. Knows no terminal."""
+"""How far a run in progress is, from the engine's step records."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
+from isologit.common.progress import Observer, Progress
 from isologit.engine.loop import StepRecord
 
 _TICK_S = 0.5
-
-
-@dataclass(frozen=True)
-class Progress:
-    """done and total count requests; `fraction` counts output tokens, which is what takes the time."""
-
-    done: int
-    total: int
-    fraction: float
-    output_tokens: int = 0
-
-
-class Observer(Protocol):
-    """Is told of every stage and of progress within it; `progress` may be called from another thread."""
-
-    def stage(self, name: str) -> None: ...
-    def progress(self, progress: Progress) -> None: ...
-
-
-class Silent:
-    """Shows nothing."""
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-
-    def progress(self, progress: Progress) -> None:
-        """Something of it is done."""
 
 
 class StepSource(Protocol):

@@ -1,0 +1,33 @@
+"""How far something long is, told to whoever shows it. Knows no terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Progress:
+    """done and total count requests; `fraction` counts output tokens, which is what takes the time."""
+
+    done: int
+    total: int
+    fraction: float
+    output_tokens: int = 0
+
+
+class Observer(Protocol):
+    """Is told of every stage and of progress within it; `progress` may be called from another thread."""
+
+    def stage(self, name: str) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def progress(self, progress: Progress) -> None:
+        """Something of it is done."""
