@@ -106,6 +106,30 @@ def test_only_the_first_space_is_stripped(loaded: dict[str, Tokenizer]) -> None:
         assert tokenizer.decode(space) == " dog"
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "json", "byte level"])
+def test_bytes_of_tokens_join_to_the_text(loaded: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = loaded[kind]
+    for text in TEXTS:
+        joined = b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode_without_bos(text))
+        start = b"" if kind == "byte level" or not text else b" "  # the space that stands for the start of the text
+        assert joined == start + text.encode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_has_bytes_and_a_name(loaded: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = loaded[kind]
+    for token_id in range(tokenizer.vocab_size):
+        data = tokenizer.token_bytes(token_id)
+        assert data
+        assert tokenizer.token_name(token_id)
+        if tokenizer.is_text(token_id):
+            assert tokenizer.inner_text([token_id]) == data.decode(errors="replace")
+        else:
+            assert data == tokenizer.token_name(token_id).encode()
+    for outside in (-1, tokenizer.vocab_size, 10**9):
+        assert (tokenizer.token_bytes(outside), tokenizer.token_name(outside)) == (b"", "")
+
+
 # -- one token at a time --------------------------------------------------------------------------------------------
 
 

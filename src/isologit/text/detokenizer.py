@@ -25,7 +25,7 @@ class Detokenizer:
         tokenizer = self._tokenizer
         if not tokenizer.is_text(token_id):
             return ""
-        data = tokenizer.token_bytes(token_id)
+        data = tokenizer.byte_value(token_id)
         if tokenizer.byte_mode == "all":
             return self._utf8.decode(data or b"")
         self._pending.append(token_id)
@@ -41,7 +41,7 @@ class Detokenizer:
 
     def _num_settled(self) -> int:
         """How many of the pending byte tokens cannot become part of a longer character."""
-        data = b"".join(self._tokenizer.token_bytes(i) or b"" for i in self._pending)
+        data = b"".join(self._tokenizer.byte_value(i) or b"" for i in self._pending)
         start = 0
         while start < len(data):
             length = _utf8_length(data[start])
