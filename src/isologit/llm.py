@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
-from isologit.backends.cpu.llama_cpu import LlamaCPU
+from isologit.backends.base import Backend, LoadOptions
+from isologit.backends.registry import load_backend
 from isologit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from isologit.checkpoints.dummy import dummy_checkpoint
 from isologit.config import EngineConfig, ModelConfig, SpeculativeConfig, load_model_config
@@ -43,8 +42,8 @@ class LLM:
     when it is not in the model's folder. `max_num_seqs` (running slots) and `max_num_batched_tokens` (tokens of one
     step) are chosen by the planner when None. `speculative_config`: None, or a dictionary of `SpeculativeConfig`
     fields. `kv_cache_memory_bytes` bounds keys and values; None takes up to half of the memory that is free, as far as
-    the running requests need it. `logprobs_mode` says what `logprobs` are, as in vLLM. Weights are float32 or widened
-    exactly to it; all arithmetic is float32.
+    the running requests need it. `backend` and `device` are chosen by what the machine has when "auto".
+    `logprobs_mode` says what `logprobs` are, as in vLLM.
 
     Raises ModelError for a checkpoint that cannot be loaded, ConfigError for invalid options.
     """
@@ -64,6 +63,8 @@ class LLM:
         speculative_config: Mapping[str, Any] | None = None,
         kv_cache_memory_bytes: int | None = None,
         num_threads: int | None = None,
+        backend: str = "auto",
+        device: str = "auto",
         seed: int = 0,
         logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs",
     ) -> None:
@@ -75,6 +76,8 @@ class LLM:
             speculative=None if speculative_config is None else SpeculativeConfig(**speculative_config),
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             num_threads=num_threads,
+            backend=backend,
+            device=device,
             seed=seed,
             logprobs_mode=logprobs_mode,
         )
@@ -86,7 +89,7 @@ class LLM:
         self._model = self._load(self.checkpoint)
         self._draft = self._load_draft(load_format)
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
-        budget = kv_cache_memory_bytes or int(psutil.virtual_memory().available * _DEFAULT_KV_SHARE)
+        budget = kv_cache_memory_bytes or int(self._model.free_memory() * _DEFAULT_KV_SHARE)
         self.max_kv_blocks = budget // self._kv_bytes_per_block()
         self._num_kv_blocks = self._reserved_tokens = 0
         self._step_times: list[StepTimes] = []
@@ -94,12 +97,11 @@ class LLM:
         self.last_plan: Plan | None = None
         self.step_records: list[StepRecord] = []
 
-    def _load(self, checkpoint: Checkpoint) -> LlamaCPU:
-        return LlamaCPU(
-            checkpoint.config, checkpoint.tensors, max_model_len=self.max_model_len, num_threads=self.num_threads
-        )
+    def _load(self, checkpoint: Checkpoint) -> Backend:
+        options = LoadOptions(self.max_model_len, self.num_threads, self.engine_config.device)
+        return load_backend(checkpoint, options, backend=self.engine_config.backend)
 
-    def _load_draft(self, load_format: str) -> LlamaCPU | None:
+    def _load_draft(self, load_format: str) -> Backend | None:
         """The draft model, if one is asked for. Raises ModelError when its vocabulary is another one."""
         speculative = self.engine_config.speculative
         if speculative is None or speculative.model is None:
@@ -113,7 +115,7 @@ class LLM:
         return self._load(checkpoint)
 
     def _kv_bytes_per_block(self) -> int:
-        return sum(model.kv_bytes_per_block() for model in self._models)
+        return sum(model.memory().kv_block for model in self._models)
 
     def close(self) -> None:
         """Free the worker threads."""
@@ -332,18 +334,14 @@ class LLM:
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds that the last run's steps spent in each part of the model, waiting between threads included."""
-        return {name: nanoseconds * 1e-9 for name, nanoseconds in self._model.phase_ns.items()}
+        return self._model.phases()
 
     def describe(self) -> dict[str, Any]:
         """What runs: slots, budget, dtype, kernels, threads."""
         options, last = self.engine_config, self.last_plan
         return {
-            "device": "cpu",
-            "kernels": "numba",
-            "compute_dtype": "float32",
-            "weights_dtype": self._model.storage,
-            "weight_bytes": self._model.weight_bytes(),
-            "step_bytes": self._model.step_bytes(),
+            "backend": self._model.name,
+            **self._model.describe(),
             "block_size": self._model.block_size,
             "num_kv_blocks": self._num_kv_blocks,
             "kv_bytes": self._num_kv_blocks * self._kv_bytes_per_block(),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.test_scheduler import VOCAB, ask, assert_same_as_alone, make, requests_, run, toy_model
 
-from isologit.backends.batch import FlatBatch, StepOutput
+from isologit.backends.batch import FlatBatch, ReadyOutput
 from isologit.engine.draft_model import DraftModelProposer
 from isologit.engine.request import GenerationRequest, Sequence
 from isologit.errors import ConfigError
@@ -33,10 +33,10 @@ class ToyDraft:
     num_rows: int = 0
     most_rows: int = 0
 
-    def forward(self, batch: FlatBatch) -> StepOutput:
+    def forward(self, batch: FlatBatch) -> ReadyOutput:
         prefixes: list[tuple[int, ...]] = []
         for number, (first, count, position) in enumerate(batch.sequences.tolist()):
-            table = batch.block_tables[number]
+            table = batch.block_tables[batch.table_rows[number]]
             for row in range(first, first + count):
                 before: tuple[int, ...] = ()
                 if position:
@@ -51,7 +51,9 @@ class ToyDraft:
         chosen = [draft_choice(prefixes[row]) for row in batch.logits_rows]
         if self.num_rows > self.fails_after:
             chosen = [-1] * len(chosen)
-        return StepOutput(np.array(chosen, np.int64), np.zeros((len(chosen), 1), np.float32), None)
+        assert not batch.logits_wanted.any()
+        final = np.zeros((len(chosen), 1), np.float32)
+        return ReadyOutput(np.array(chosen, np.int64), final, np.zeros((0, VOCAB), np.float32))
 
     def project(self, final: np.ndarray) -> np.ndarray:
         raise NotImplementedError

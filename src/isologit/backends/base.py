@@ -1,60 +1,124 @@
-"""What the engine asks of a device: a LLaMA over flat token batches, its paged keys and values, and what they cost."""
+"""What the engine asks of a device: a LLaMA over flat token batches, its paged keys and values, and what they cost.
+
+A backend is a class that follows `Backend`, in a folder of its own, with one line in `registry.py`. It knows devices,
+weights and memory; it does not know requests, sampling, text or files.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from isologit.backends.batch import FlatBatch, StepOutput
+from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.config import ModelConfig
 
 
-class Backend(Protocol):
-    """A loaded model on one device. Not thread-safe: one thread runs its steps.
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded.
 
-    block_size: tokens of a block of keys and values.
+    max_model_len: most prompt and output tokens of one sequence. device: as in torch ("cpu", "cuda", "cuda:1", ...);
+    "auto" leaves it to the backend. num_threads: of the host.
     """
 
-    config: ModelConfig
+    max_model_len: int
+    num_threads: int
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the device's memory.
+
+    weights: of the model, in whatever forms they are kept. kv_block: keys and values of one block, over all layers.
+    step_buffers: what steps of the reserved size work in.
+    """
+
+    weights: int
+    kv_block: int
+    step_buffers: int
+
+
+class Backend(Protocol):
+    """A loaded model on one device. Not thread-safe: one thread runs its steps, in the order of its calls.
+
+    name: its name in the registry. block_size: tokens of one block of keys and values. Every method may assume that
+    its arguments are valid; only `load` raises errors that a user should read.
+    """
+
+    name: ClassVar[str]
     block_size: int
+    config: ModelConfig
+
+    @classmethod
+    def why_not(cls, device: str) -> str | None:
+        """Why this machine cannot run this backend on `device` ("auto": on any), in a few words; None if it can."""
+        ...
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, options: LoadOptions) -> Backend:
+        """The model, ready for steps of one token once `allocate_kv` was called.
+
+        Raises ModelError for a model that this backend cannot compute.
+        """
+        ...
+
+    @classmethod
+    def plan_memory(cls, config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
+        """What `memory` will say of such a model after `reserve(num_tokens)`, before anything is loaded."""
+        ...
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Memory for the keys and values of so many blocks; what was there is lost."""
+        """Memory for the keys and values of blocks 0 to `num_blocks` - 1; what was there is lost."""
         ...
 
     def reserve(self, num_tokens: int) -> None:
-        """Memory for steps of up to `num_tokens` tokens."""
+        """Buffers for steps of up to `num_tokens` tokens."""
         ...
 
     def forward(self, batch: FlatBatch) -> StepOutput:
-        """Run one step; what is returned is valid until the next step."""
+        """Run one step: write the keys and values of its tokens, attend, and give what `batch` wants.
+
+        The step may still be running when this returns; reading a field of the output waits for it. What is read is
+        valid until the next `forward` or `project`.
+        """
         ...
 
     def project(self, final: np.ndarray) -> np.ndarray:
         """Logits float32 [n, vocab] of n rows of `StepOutput.final`, bit for bit those of their own steps."""
         ...
 
-    def log_normalisers(self, rows: int) -> np.ndarray:
-        """log(sum(exp(logits))) of the first `rows` rows of logits of the last step, float64 [rows]."""
+    def log_normalisers(self, output: StepOutput) -> np.ndarray:
+        """log(sum(exp(logits))) of each row of `output.logits`, float64 [W]; `output` is the last step's."""
         ...
 
-    def kv_bytes_per_block(self) -> int:
-        """Bytes of one block's keys and values, over all layers."""
+    def memory(self) -> Memory:
+        """What is allocated now."""
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes of the device's memory that nobody uses now."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What a result file says of it: device, dtype, kernels, threads, bytes of weights and of a step."""
+        """What a result file says of it.
+
+        "device", "kernels", "compute_dtype", "weights_dtype" are strings; "weight_bytes" is what all products read,
+        "step_bytes" what a decode step reads of it.
+        """
         ...
 
     def reset_phases(self) -> None:
-        """Begin to count the seconds of each phase anew."""
+        """Begin to count `phases` anew."""
         ...
 
-    def phase_seconds(self) -> dict[str, float]:
-        """Seconds by phase of the steps since `reset_phases`."""
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase of the steps since `reset_phases`; `job/profile.py` says which names it knows."""
         ...
 
     def close(self) -> None:
-        """Free threads and memory; nothing may be called afterwards."""
+        """Free threads and memory; no other method may be called afterwards."""
         ...

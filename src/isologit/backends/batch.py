@@ -1,14 +1,11 @@
-"""The flat token batch: what a step computes, whichever request and phase each token belongs to."""
+"""The flat token batch: what a step computes, whichever request and phase each token belongs to, and what it gives."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
-
-_TILES_PER_ITEM = 4  # more would use a head's keys and values oftener, fewer keep the last thread from waiting
-_UNEVEN = 1.1  # a part that costs so many times the average is not worth waiting for
 
 
 @dataclass(frozen=True)
@@ -17,9 +14,10 @@ class FlatBatch:
 
     token_ids, positions: int64 [T]. slots: int64 [T], where the token's keys and values go (block id * block size +
     offset). sequences: int64 [S, 3], first row, number of rows and first position of each sequence. block_tables:
-    int64 [S, max blocks], block ids by sequence. logits_rows: int64 [R], ascending, rows whose logits are wanted: of
-    each sequence none or its last ones. whole_logits: whether the logits themselves are wanted, or the largest one's
-    index is enough.
+    int64 [N, max blocks], one row of block ids for each place a running sequence can have, the same array from step to
+    step: a row changes only when another sequence takes the place. table_rows: int64 [S], each sequence's row in it.
+    logits_rows: int64 [R], ascending, rows whose argmax is wanted: of each sequence none or its last ones.
+    logits_wanted: bool [R], which of them want their logits too.
     """
 
     token_ids: np.ndarray
@@ -27,106 +25,34 @@ class FlatBatch:
     slots: np.ndarray
     sequences: np.ndarray
     block_tables: np.ndarray
+    table_rows: np.ndarray
     logits_rows: np.ndarray
-    whole_logits: bool = False
+    logits_wanted: np.ndarray
 
-    def split(self, num_parts: int, rows_per_token: float) -> list[FlatBatch]:
-        """`num_parts` batches that follow each other, of whole sequences and about the same cost, or this one alone.
 
-        rows_per_token: what a token of a row's context costs, relative to the row. `argmax` and `final` of the parts'
-        steps, one after the other, are those of this batch.
-        """
-        first_row, counts, position = self.sequences.T
-        cost = np.append(0.0, np.cumsum(counts * (1 + rows_per_token * (position + counts))))
-        wanted = cost[-1] * np.arange(num_parts + 1) / num_parts
-        bounds = np.abs(cost - wanted[:, None]).argmin(axis=1)
-        if np.diff(cost[bounds]).max() > _UNEVEN * wanted[1]:
-            return [self]
-        parts = []
-        for first, last in pairwise(bounds):
-            start, end = first_row[first], first_row[last - 1] + counts[last - 1]
-            first_logit, last_logit = np.searchsorted(self.logits_rows, (start, end))
-            parts.append(
-                FlatBatch(
-                    token_ids=self.token_ids[start:end],
-                    positions=self.positions[start:end],
-                    slots=self.slots[start:end],
-                    sequences=self.sequences[first:last] - np.array([start, 0, 0]),
-                    block_tables=self.block_tables[first:last],
-                    logits_rows=self.logits_rows[first_logit:last_logit] - start,
-                    whole_logits=self.whole_logits,
-                )
-            )
-        return parts
+class StepOutput(Protocol):
+    """What a step gives for its R logits rows, of which W want logits. Reading a field may wait for the device."""
 
-    def attention_work(
-        self, tokens_per_tile: int, num_kv_heads: int, num_threads: int, *, logits_only: bool = False
-    ) -> AttentionWork:
-        """The attention of all tokens, or only of those whose logits are wanted, in tiles of consecutive tokens."""
-        first_row, counts, position = self.sequences.T
-        wanted = counts
-        if logits_only:
-            ends = np.searchsorted(self.logits_rows, np.append(first_row, first_row[-1] + counts[-1]))
-            wanted = np.diff(ends)
-        alone = (counts <= tokens_per_tile) & (wanted == counts)
-        per_sequence = -(-wanted // tokens_per_tile)
-        sequence, within = _enumerate(per_sequence)
-        within = within * tokens_per_tile
-        skipped = (counts - wanted)[sequence] + within
-        tiles = np.stack(
-            [
-                first_row[sequence] + skipped,
-                np.minimum(tokens_per_tile, wanted[sequence] - within),
-                position[sequence] + skipped,
-                sequence,
-                alone[sequence],
-            ],
-            axis=1,
-        )
-        owner, chunk = _enumerate(-(-per_sequence // _TILES_PER_ITEM))
-        ends = np.cumsum(per_sequence)
-        first = ends[owner] - per_sequence[owner] + chunk * _TILES_PER_ITEM
-        last = np.minimum(first + _TILES_PER_ITEM, ends[owner])
-        longest_first = np.argsort(-(tiles[last - 1, 2] + 1) * (last - first), kind="stable")
-        parts = np.where(per_sequence[owner] == 1, num_threads, num_kv_heads)[longest_first]
-        unit, part = _enumerate(parts)
-        parts, unit = parts[unit], longest_first[unit]
-        items = np.stack(
-            [first[unit], last[unit], part * num_kv_heads // parts, (part + 1) * num_kv_heads // parts], axis=1
-        )
-        return AttentionWork(tiles, items, self.sequences[~alone])
+    @property
+    def argmax(self) -> np.ndarray:
+        """int64 [R], index of the largest logit, the lowest on ties, -1 where there is NaN."""
+        ...
+
+    @property
+    def final(self) -> np.ndarray:
+        """float32 [R, hidden], the normed hidden states from which the LM head makes the logits."""
+        ...
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 [W, vocab], of the rows that wanted them, in order."""
+        ...
 
 
 @dataclass(frozen=True)
-class StepOutput:
-    """What a step gives for its R logits rows.
-
-    argmax: int64 [R], index of the largest logit, the lowest on ties, -1 where there is NaN. final: float32
-    [R, hidden], from which the last product makes the logits. logits: float32 [R, vocab] if they were wanted.
-    """
+class ReadyOutput:
+    """The `StepOutput` of a device whose steps are over when `forward` returns."""
 
     argmax: np.ndarray
     final: np.ndarray
-    logits: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class AttentionWork:
-    """What the threads share in attention, int64.
-
-    tiles [N, 5]: first row, rows, first position, sequence, whether it holds all of the sequence's tokens. items
-    [M, 4]: first and last + 1 of the tiles, first and last + 1 of the KV heads, the longest first. A sequence's only
-    tile has its heads shared by the threads; several take one head at a time, whose keys and values then stay in the
-    cache. written_first [W, 3]: sequences, as in `FlatBatch`, whose tokens are not all in one tile: their keys and
-    values must be written before any tile is begun.
-    """
-
-    tiles: np.ndarray
-    items: np.ndarray
-    written_first: np.ndarray
-
-
-def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Owner, and number within its owner's, of `counts[owner]` things for each owner."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+    logits: np.ndarray

@@ -48,6 +48,8 @@ class EngineConfig:
     speculative: SpeculativeConfig | None = None
     kv_cache_memory_bytes: int | None = None
     num_threads: int | None = None
+    backend: str = "auto"  # a name in `backends/registry.py`
+    device: str = "auto"  # as in torch: "cpu", "cuda", "cuda:1", ...
     seed: int = 0
     logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs"  # what `logprobs` are
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isologit.backends.base import Backend
 from isologit.backends.batch import FlatBatch
 from isologit.engine.planner import StepCost
-from isologit.engine.runner import StepModel
 
 CALIBRATION_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _HOST_SECONDS = 2e-4  # scheduling and commit of one step
@@ -49,7 +49,7 @@ class StepTimes:
         return StepCost(fixed_s=least + _HOST_SECONDS, per_row_s=max(per_row, 1e-9), stream_s=0.0)
 
 
-def measure_step_times(model: StepModel, vocab_size: int, max_rows: int) -> StepTimes:
+def measure_step_times(model: Backend, vocab_size: int, max_rows: int) -> StepTimes:
     """Time decode steps of up to `max_rows` rows, each a sequence of its own with a context of one block.
 
     The model needs memory for `max_rows` blocks and buffers for `max_rows` rows. Takes about a second.
@@ -80,5 +80,7 @@ def _decode_batch(rows: int, vocab_size: int, block_size: int) -> FlatBatch:
         slots=index * block_size + position,
         sequences=np.stack([index, np.ones_like(index), np.full(rows, position)], axis=1),
         block_tables=index[:, None],
+        table_rows=index,
         logits_rows=index,
+        logits_wanted=np.zeros(rows, bool),
     )

@@ -6,8 +6,9 @@ token's keys and values in the same slot of the same block, each in its own memo
 
 from __future__ import annotations
 
+from isologit.backends.base import Backend
 from isologit.engine.request import Sequence
-from isologit.engine.runner import Runner, StepModel
+from isologit.engine.runner import Runner
 from isologit.engine.scheduler import ScheduledSequence, StepPlan
 from isologit.engine.speculation import DraftLengths, RowCost
 
@@ -20,7 +21,7 @@ class DraftModelProposer:
     Raises ConfigError for a `max_draft` below 1.
     """
 
-    def __init__(self, model: StepModel, row_cost: RowCost, *, max_rows: int, max_draft: int) -> None:
+    def __init__(self, model: Backend, row_cost: RowCost, *, max_rows: int, max_draft: int) -> None:
         self._runner = Runner(model)
         self._row_cost = row_cost
         self._max_rows = max_rows

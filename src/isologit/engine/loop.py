@@ -172,11 +172,9 @@ class EngineLoop:
             for s, count in zip(plan.sequences, before, strict=True)
             if s.num_accepted
         ]
-        asked = any(s.seq.request.params.logprobs is not None for s in plan.sequences)
-        normalisers = self.runner.log_normalisers(result) if asked and not self._raw_logits else None
         drafts = accepted = 0
         for scheduled_seq, row, first_index in zip(plan.sequences, result.first_rows, before, strict=True):
-            self._collect(scheduled_seq, result, row, first_index, committed, normalisers)
+            self._collect(scheduled_seq, result, row, first_index, committed)
             if scheduled_seq.draft_token_ids:
                 drafts += len(scheduled_seq.draft_token_ids)
                 accepted += max(0, scheduled_seq.num_accepted - 1)
@@ -210,7 +208,7 @@ class EngineLoop:
         if count and seq.forced_tokens is None and needs_row(params, seq.num_output_tokens):
             rng = self._progress[seq.request.request_id].rng
             tokens[0] = choose_token(
-                result.logits[row],
+                result.logits(row),
                 params,
                 seq.token_ids,
                 seq.num_output_tokens,
@@ -226,7 +224,6 @@ class EngineLoop:
         row: int,
         first_index: int,
         now: float,
-        normalisers: np.ndarray | None,
     ) -> None:
         """Keep the rows a request asked for, of the tokens it really gained."""
         seq = scheduled.seq
@@ -245,11 +242,11 @@ class EngineLoop:
             if index in request.capture:
                 progress.captured[index] = final[row + i].copy()
             if params.return_logits:
-                progress.logits.append(result.logits[row + i].copy())
+                progress.logits.append(result.logits(row + i).copy())
             if params.logprobs is not None:
                 token = seq.token_ids[seq.num_prompt_tokens + index]
-                normaliser = 0.0 if normalisers is None else float(normalisers[row + i])
-                progress.logprobs.append(top_logprobs(result.logits[row + i], token, params.logprobs, normaliser))
+                normaliser = 0.0 if self._raw_logits else result.log_normaliser(row + i)
+                progress.logprobs.append(top_logprobs(result.logits(row + i), token, params.logprobs, normaliser))
         if LAST_TOKEN in request.capture and seq.finish_reason is not None:
             progress.captured[seq.num_output_tokens - 1] = final[row + scheduled.num_accepted - 1].copy()
 
@@ -287,7 +284,7 @@ class EngineLoop:
         """Replace what the last product reads by the logits that it makes of it."""
         finals = [final for output in outputs for final in output.captured.values()]
         if finals:
-            rows = iter(self.runner.model.project(np.stack(finals)))
+            rows = iter(self.runner.backend.project(np.stack(finals)))
             for output in outputs:
                 output.captured.update((index, next(rows)) for index in output.captured)
 

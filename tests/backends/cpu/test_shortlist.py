@@ -60,8 +60,8 @@ def pick(x: np.ndarray, weight: torch.Tensor, head: ByteHead | None = None) -> l
     rows = [row for row in range(len(x)) if not np.isnan(tops[row]).any()]
     return [
         pick_row(
-            x.reshape(-1), row, len(x), panels, len(weight), np.ascontiguousarray(tops.T).reshape(-1), row_tops,
-            scratch, kernels.ZEROS, offsets,
+            x.reshape(-1), row * x.shape[1], row, len(x), panels, len(weight),
+            np.ascontiguousarray(tops.T).reshape(-1), row_tops, scratch, kernels.ZEROS, offsets,
         )
         for row in rows
     ]  # fmt: skip

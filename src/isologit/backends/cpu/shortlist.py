@@ -138,14 +138,14 @@ def bound_panels(x, height, rows, weights, columns, rows_to_take, factors, tops,
 
 
 @njit(nogil=True)
-def pick_row(x, row, rows, panels, vocab, tops, row_tops, scratch, zeros, offsets):
+def pick_row(x, x_offset, row, rows, panels, vocab, tops, row_tops, scratch, zeros, offsets):
     """Index of the row's largest logit, the lowest on ties, and the number of panels computed for it.
 
     The index is NOT_PICKED if too many panels might hold it.
 
-    x: `rows` rows of `in_features` float32. panels: of the whole product. tops: as `bound_panels` gives them. Of this
-    thread are row_tops, a float32 for each panel; scratch, 4 * PANEL_WIDTH float32, and that many zeros from `zeros`
-    on; offsets, 8 int64.
+    The row's `in_features` float32 begin at `x[x_offset]`; it is number `row` of the `rows` for which `bound_panels`
+    gave `tops`. panels: of the whole product. Of this thread are row_tops, a float32 for each panel; scratch, 4 *
+    PANEL_WIDTH float32, and that many zeros from `zeros` on; offsets, 8 int64.
     """
     num_panels, depth = panels.shape[0], panels.shape[1]
     flat = panels.reshape(-1)
@@ -159,7 +159,7 @@ def pick_row(x, row, rows, panels, vocab, tops, row_tops, scratch, zeros, offset
     offsets[0], offsets[1] = likeliest * panel_size, 0
     panel, count, taken = 0, 1, 1
     while taken > 0:
-        dot_short(x, row * depth, 1, flat, offsets, PANEL_WIDTH, depth, scratch, zeros, 0, scratch, 0, 0, 1, taken)
+        dot_short(x, x_offset, 1, flat, offsets, PANEL_WIDTH, depth, scratch, zeros, 0, scratch, 0, 0, 1, taken)
         for i in range(taken):
             column = offsets[2 * i] // depth
             for j in range(min(PANEL_WIDTH, vocab - column)):

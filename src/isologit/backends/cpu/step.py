@@ -33,7 +33,7 @@ from isologit.backends.cpu.simd import TILE_ROWS, VECTOR_WIDTH, atomic_add, mono
 COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, attention, output, gate-up, down
 COUNTERS_PER_PART = 4  # in `choose_rows`: whether it is ready, panels, threads that are busy with them, rows
 
-# What the step's time is booked under, in the order of `LlamaCPU.phase_ns`.
+# What the step's time is booked under, in the order of `CPUBackend.phases`.
 PHASES = ("elementwise", "qkv", "attention", "output", "gate_up", "down", "head", "argmax")
 _ELEMENTWISE, _QKV, _ATTENTION, _OUTPUT, _GATE_UP, _DOWN, _HEAD, _ARGMAX = range(len(PHASES))
 
@@ -76,7 +76,7 @@ def run_step(
 ):  # fmt: skip
     """Forward pass of T flat tokens by `num_threads` threads. Fills `final` [R, hidden], what the last product reads.
 
-    tiles, items, written_first: the attention's work as `FlatBatch.attention_work` gives it. In the last layer only the
+    tiles, items, written_first: the attention's work as `attention_work` gives it. In the last layer only the
     rows in `logits_rows` go on: last_* is that layer's work, kept_* hold its rows.
     """
     rows, num_logits = token_ids.shape[0], logits_rows.shape[0]
@@ -210,22 +210,24 @@ def run_step(
 
 @njit(nogil=True, cache=True)
 def choose_rows(
-    thread, num_threads, sync, counters, first_rows, final, w_head, vocab, byte_weights, byte_columns, bytes_,
+    thread, num_threads, sync, counters, picked, first_picked, final, w_head, vocab, byte_weights, byte_columns, bytes_,
     byte_words, rows_to_take, factors, tops, row_tops, row_scratch, offset_scratch, chosen, clock,
 ):  # fmt: skip
-    """Index of the largest logit of each row of `final` [R, hidden], without the whole product; NOT_PICKED for some.
+    """Index of the largest logit of some rows of `final` [R, hidden], without all their logits, or NOT_PICKED.
 
-    first_rows: int64 [parts + 1], where the rows of each part of the step begin. Part i is ready when thread i comes
+    picked: int64 [P], ascending, those rows; their indices go to the same places of `chosen` [R]. first_picked: int64
+    [parts + 1], where the rows of each part of the step begin among them. Part i is ready when thread i comes
     here. A thread begins with its own part and then helps with the others, so that little waits for a late one.
     """
-    hidden, num_panels, num_parts = final.shape[1], w_head.shape[0], first_rows.shape[0] - 1
+    hidden, num_panels, num_parts = final.shape[1], w_head.shape[0], first_picked.shape[0] - 1
+    flat = final.reshape(-1)
     if thread == 0:
         clock[-1] = monotonic_ns()
     for turn in range(num_parts):
         part = (thread + turn) % num_parts
-        first, last = first_rows[part], first_rows[part + 1]
+        first, last = first_picked[part], first_picked[part + 1]
         rows, height = last - first, tile_height(last - first)
-        part_final, part_chosen = final[first:last].reshape(-1), chosen[first:last]
+        part_picked = picked[first:last]
         part_bytes = bytes_[(first + part * TILE_ROWS) * hidden :]
         part_words = byte_words[(first + part * TILE_ROWS) * hidden // 4 :]
         part_take, part_factors = rows_to_take[first:last], factors[first:last]
@@ -236,11 +238,11 @@ def choose_rows(
             for top in range(0, rows, height):
                 for r in range(top, min(rows, top + height)):
                     place = (top * hidden // 4 + (r - top)) * 4
-                    part_chosen[r] = 0
+                    chosen[part_picked[r]] = 0
                     if not quantise_row(
-                        part_final, r * hidden, hidden, part_bytes, place, height, part_take, part_factors, r
+                        flat, part_picked[r] * hidden, hidden, part_bytes, place, height, part_take, part_factors, r
                     ):
-                        part_chosen[r] = NOT_PICKED
+                        chosen[part_picked[r]] = NOT_PICKED
             atomic_add(counters, ready, 1)
             _book(thread, clock, _ELEMENTWISE)
         else:
@@ -255,9 +257,9 @@ def choose_rows(
         _book(thread, clock, _HEAD)
         r = atomic_add(counters, row, 1)
         while r < rows:
-            if part_chosen[r] != NOT_PICKED:
-                part_chosen[r], panels = pick_row(
-                    part_final, r, rows, w_head, vocab, part_tops, row_tops[thread],
+            if chosen[part_picked[r]] != NOT_PICKED:
+                chosen[part_picked[r]], panels = pick_row(
+                    flat, part_picked[r] * hidden, r, rows, w_head, vocab, part_tops, row_tops[thread],
                     row_scratch[thread], ZEROS, offset_scratch[thread],
                 )  # fmt: skip
                 atomic_add(counters, COUNTERS_PER_PART * COUNTER_STRIDE * num_parts, panels)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isologit.backends.batch import FlatBatch
+from isologit.backends.cpu.work import attention_work, split
 
 _SEQUENCES = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 500)), min_size=1, max_size=12)
 
@@ -18,7 +19,9 @@ def _batch(sequences: list[tuple[int, int]]) -> FlatBatch:
     counts = np.array([count for count, _ in sequences])
     table = np.stack([np.cumsum(counts) - counts, counts, [start for _, start in sequences]], axis=1)
     nothing = np.zeros(int(counts.sum()), np.int64)
-    return FlatBatch(nothing, nothing, nothing, table, np.zeros((len(counts), 1), np.int64), nothing)
+    places = np.arange(len(counts))
+    tables = np.zeros((len(counts), 1), np.int64)
+    return FlatBatch(nothing, nothing, nothing, table, tables, places, nothing, np.zeros(len(nothing), bool))
 
 
 @given(_SEQUENCES, st.integers(1, 12), st.integers(1, 8), st.integers(1, 5))
@@ -26,7 +29,7 @@ def test_every_token_meets_every_head_once(
     sequences: list[tuple[int, int]], tokens_per_tile: int, num_kv_heads: int, num_threads: int
 ) -> None:
     batch = _batch(sequences)
-    work = batch.attention_work(tokens_per_tile, num_kv_heads, num_threads)
+    work = attention_work(batch, tokens_per_tile, num_kv_heads, num_threads)
     tiles, items = work.tiles, work.items
     met = Counter(
         (row, head)
@@ -42,7 +45,7 @@ def test_every_token_meets_every_head_once(
 @given(_SEQUENCES, st.integers(1, 12))
 def test_tiles_know_their_place(sequences: list[tuple[int, int]], tokens_per_tile: int) -> None:
     batch = _batch(sequences)
-    work = batch.attention_work(tokens_per_tile, 4, 2)
+    work = attention_work(batch, tokens_per_tile, 4, 2)
     tiles, items = work.tiles, work.items
     for first_row, rows, first_position, sequence, alone in tiles:
         first, count, start = batch.sequences[sequence]
@@ -64,7 +67,7 @@ def test_only_rows_with_logits_when_no_more_is_wanted(
     ends = np.cumsum([count for count, _ in sequences])
     rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
     batch = replace(_batch(sequences), logits_rows=np.array(rows, np.int64))
-    work = batch.attention_work(tokens_per_tile, 2, 2, logits_only=True)
+    work = attention_work(batch, tokens_per_tile, 2, 2, logits_only=True)
     met = [row for first_row, count, *_ in work.tiles for row in range(first_row, first_row + count)]
     assert sorted(met) == rows
     whole = {sequence: count for _, count, _, sequence, alone in work.tiles if alone}
@@ -84,14 +87,15 @@ def test_parts_are_whole_sequences_of_about_the_same_cost(
         batch,
         token_ids=np.arange(rows),
         logits_rows=np.array(wanted, np.int64),
-        block_tables=np.arange(len(sequences))[:, None],
+        logits_wanted=np.array(wanted, np.int64) % 3 == 0,
     )
-    parts = batch.split(num_parts, rows_per_token)
+    parts = split(batch, num_parts, rows_per_token)
     if parts[0] is batch:
         return
     assert len(parts) == num_parts
     assert np.concatenate([part.token_ids for part in parts]).tolist() == list(range(rows))
-    assert np.concatenate([part.block_tables for part in parts]).tolist() == batch.block_tables.tolist()
+    assert np.concatenate([part.table_rows for part in parts]).tolist() == batch.table_rows.tolist()
+    assert np.concatenate([part.logits_wanted for part in parts]).tolist() == batch.logits_wanted.tolist()
     assert np.concatenate([part.token_ids[part.logits_rows] for part in parts]).tolist() == wanted
     for part in parts:
         first_row, counts, _ = part.sequences.T
@@ -106,12 +110,12 @@ def test_parts_are_whole_sequences_of_about_the_same_cost(
 
 def test_sequences_that_cannot_be_dealt_evenly_stay_together() -> None:
     batch = _batch([(300, 0), (20, 0), (20, 0)])
-    assert batch.split(2, 0.01)[0] is batch
-    assert len(_batch([(20, 0)] * 6).split(3, 0.01)) == 3
+    assert split(batch, 2, 0.01)[0] is batch
+    assert len(split(_batch([(20, 0)] * 6), 3, 0.01)) == 3
 
 
 def test_the_longest_item_comes_first() -> None:
-    work = _batch([(1, 10), (300, 0), (1, 400)]).attention_work(12, 2, 2)
+    work = attention_work(_batch([(1, 10), (300, 0), (1, 400)]), 12, 2, 2)
     tiles, items = work.tiles, work.items
     cost = [(tiles[last - 1, 2] + 1) * (last - first) for first, last, *_ in items]
     assert cost == sorted(cost, reverse=True)
