@@ -41,9 +41,8 @@ class ToyBackend:
 
     @classmethod
     def plan_memory(cls, config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
-        kv_width = config.num_key_value_heads * config.head_dim
-        kv_block = 4 * config.num_hidden_layers * 2 * cls.block_size * kv_width
-        return Memory(weights=4 * config.num_parameters, kv_block=kv_block, step_buffers=0)
+        weights = 4 * config.num_parameters
+        return Memory(weights, _kv_block_bytes(config, cls.block_size), step_buffers=0)
 
     def _empty_kv(self, num_blocks: int) -> np.ndarray:
         c = self.config
@@ -111,7 +110,7 @@ class ToyBackend:
 
     def memory(self) -> Memory:
         weights = sum(weight.nbytes for weight in self.weights.values())
-        return Memory(weights, self.kv[:, :, : self.block_size].nbytes, 0)
+        return Memory(weights, _kv_block_bytes(self.config, self.block_size), step_buffers=0)
 
     def free_memory(self) -> int:
         return 1 << 26
@@ -141,6 +140,10 @@ _LAYER = (
     "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
+
+
+def _kv_block_bytes(config: ModelConfig, block_size: int) -> int:
+    return 4 * config.num_hidden_layers * 2 * block_size * config.num_key_value_heads * config.head_dim
 
 
 def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
