@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -287,8 +287,8 @@ class FakeReference:
     def identity(self) -> dict[str, str]:
         return {"class": "Fake", "attention": "none", "dtype": "float32"}
 
-    def score(self, prompt_token_ids: object, token_ids: object) -> np.ndarray:
-        return self.rows
+    def score_all(self, samples: object, **options: object) -> Iterator[np.ndarray]:
+        yield self.rows
 
     def noise_floor(self, samples: object) -> NoiseFloor:
         return NoiseFloor(self.noise, 1, 1)

@@ -29,20 +29,21 @@ class TinyCheckpoint:
     source: Path = Path("tiny")
 
 
-def tiny_checkpoint(*, tied: bool = False) -> TinyCheckpoint:
-    """The same weights every time, in new tensors every time."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=EOS,
-    )
+def tiny_checkpoint(*, tied: bool = False, **shape: Any) -> TinyCheckpoint:
+    """The same weights every time, in new tensors every time. shape: fields of the configuration that are others."""
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": EOS,
+    }
+    config = LlamaConfig(**{**fields, **shape})
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     if tied:

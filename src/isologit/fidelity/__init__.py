@@ -13,6 +13,7 @@ from isologit.fidelity.plan import LAST, draw_capture_plan, resolve_capture
 from isologit.fidelity.reference import NoiseFloor, Reference
 from isologit.fidelity.rescore import Divergence, ScoredRequest
 from isologit.fidelity.rows import CapturedRow
+from isologit.fidelity.streamed import StreamedReference
 
 __all__ = [
     "ATOL",
@@ -31,6 +32,7 @@ __all__ = [
     "Reference",
     "RequestCounts",
     "ScoredRequest",
+    "StreamedReference",
     "certify",
     "code_hash",
     "compare_folders",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,21 +18,26 @@ from isologit.common.verdict import Reason
 from isologit.fidelity.certificate import Certificate, GreedyCheck, Mode, RequestCounts
 from isologit.fidelity.compare import ATOL, ComparisonAccumulator
 from isologit.fidelity.plan import resolve_capture
-from isologit.fidelity.reference import NoiseFloor
+from isologit.fidelity.reference import NoiseFloor, Sample, noise_samples
 from isologit.fidelity.rescore import Divergence, ScoredRequest, bad_token, find_divergences, finish_problem
 
 _NAMED = 5  # ids or places named in a reason
-_NOISE_SAMPLES = 4
 
 
 class ScoringReference(Protocol):
-    """What `certify` needs of a reference; `Reference` has it."""
+    """What `certify` needs of a reference; `Reference` and `StreamedReference` have it."""
 
     vocab_size: int
 
     def identity(self) -> dict[str, str]: ...
-    def score(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> np.ndarray: ...
-    def noise_floor(self, samples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> NoiseFloor: ...
+    def score_all(
+        self,
+        samples: Sequence[Sample],
+        *,
+        time_budget_s: float | None = None,
+        on_progress: Callable[[float, int], None] | None = None,
+    ) -> Iterator[np.ndarray]: ...
+    def noise_floor(self, samples: Sequence[Sample]) -> NoiseFloor: ...
 
 
 def certify(
@@ -52,7 +57,7 @@ def certify(
     time_budget_s: float | None = None,
     seed: int = 0,
     hashes: Mapping[str, str] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[float, int], None] | None = None,
 ) -> Certificate:
     """Decide whether a run's outputs and logits are the reference's, and say what the decision rests on.
 
@@ -66,7 +71,8 @@ def certify(
     that had to come out, by request id. All modes but replay also check that every request ended where it should.
 
     max_requests, time_budget_s: the reference scores requests in a random order drawn from `seed`, those with captured
-    rows first, until one of the two is used up (at least one is scored). on_progress(done, total) is called after each.
+    rows first, until one of the two is used up (at least one is scored). on_progress(done, of) counts them; a streamed
+    reference tells fractions.
 
     A token that is not the argmax is a tie when the reference's margin is at most twice the larger of the largest
     captured difference and the noise floor (both tokens' logits may each be off by that much), and never more than
@@ -145,7 +151,7 @@ def _score(
     rtol: float,
     max_requests: int | None,
     time_budget_s: float | None,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: Callable[[float, int], None] | None,
 ) -> _Scored:
     """Score requests in order until the budget is used up."""
     indices: dict[str, list[int]] = {}
@@ -153,9 +159,13 @@ def _score(
         indices.setdefault(request_id, []).append(index)
     found = _Scored(atol, rtol)
     total = len(order) if max_requests is None else min(len(order), max(1, max_requests))
+    samples = [(request.prompt_token_ids, request.token_ids) for request in order[:total]]
+    if not samples:
+        return found
     start = time.perf_counter()
-    for request in order[:total]:
-        rows = reference.score(request.prompt_token_ids, request.token_ids)
+    scores = reference.score_all(samples, time_budget_s=time_budget_s, on_progress=on_progress)
+    # NOTE: scores come first in the pairs, so that they are asked for the end, which they may have to tell.
+    for rows, request in zip(scores, order, strict=False):
         if not np.isfinite(rows).all():
             found.broken.append(request.request_id)
         if mode == "greedy":
@@ -166,11 +176,7 @@ def _score(
                 found.rows.add(key, np.asarray(captured[request.request_id, index]), rows[index])
         found.done.append(request)
         found.num_tokens += len(request.token_ids)
-        found.seconds = time.perf_counter() - start
-        if on_progress is not None:
-            on_progress(len(found.done), total)
-        if time_budget_s is not None and found.seconds >= time_budget_s:
-            break
+    found.seconds = time.perf_counter() - start
     return found
 
 
@@ -251,9 +257,7 @@ def _order(
 
 def _noise_floor(reference: ScoringReference, done: Sequence[ScoredRequest]) -> NoiseFloor | None:
     """The reference against itself, on scored requests of middle length."""
-    by_length = sorted(done, key=lambda r: len(r.prompt_token_ids) + len(r.token_ids))
-    start = max(0, (len(by_length) - _NOISE_SAMPLES) // 2)
-    samples = [(r.prompt_token_ids, r.token_ids) for r in by_length[start : start + _NOISE_SAMPLES]]
+    samples = noise_samples([(r.prompt_token_ids, r.token_ids) for r in done])
     return reference.noise_floor(samples) if samples else None
 
 

@@ -5,41 +5,24 @@ Code from outside on purpose. It does not know how a run was made, nor what a ve
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from isologit.errors import ModelError
+from isologit.fidelity.outside import CheckpointLike, exact_products, load_llama, versions
 
-_NOISE_STEPS = 16
+NOISE_STEPS = 16
+NOISE_BATCH = 4
 _PAD = 0  # padded positions are masked, so any id of the vocabulary will do
 
-
-class ConfigLike(Protocol):
-    """What the reference needs of a model configuration."""
-
-    def to_hf_dict(self) -> dict[str, Any]:
-        """A `config.json` dictionary."""
-        ...
-
-
-class CheckpointLike(Protocol):
-    """What the reference needs of a checkpoint."""
-
-    @property
-    def config(self) -> ConfigLike: ...
-    @property
-    def tensors(self) -> Mapping[str, torch.Tensor]: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def source(self) -> Path: ...
+Sample = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt and of its output; neither is empty."""
 
 
 @dataclass(frozen=True)
@@ -51,43 +34,70 @@ class NoiseFloor:
     batch_size: int
 
 
+def noise_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of middle length that a noise floor is measured on."""
+    by_length = sorted(samples, key=lambda sample: len(sample[0]) + len(sample[1]))
+    start = max(0, (len(by_length) - NOISE_BATCH) // 2)
+    return by_length[start : start + NOISE_BATCH]
+
+
 class Reference:
-    """The model as a plain user of transformers runs it.
+    """The model as a plain user of transformers runs it, all of it in memory.
 
     checkpoint: a Hugging Face folder is read by transformers' own `from_pretrained`, so that not even our reader is
     shared; anything else (another kind, or a weights file without its folder) is built from the checkpoint's
-    configuration and tensors, widened to float32; float32 tensors are used in place. num_threads: torch threads while a
-    method runs; None leaves them as they are.
+    configuration and tensors. device: where it computes. dtype: weights are widened to float32, the only dtype that a
+    certificate may rest on; a timed baseline may take the stored one. num_threads: torch threads while a method runs;
+    None leaves them as they are.
 
     Raises ModelError when the checkpoint does not fit `LlamaForCausalLM`.
     """
 
-    def __init__(self, checkpoint: CheckpointLike, *, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: CheckpointLike,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        num_threads: int | None = None,
+    ) -> None:
         self._num_threads = num_threads
-        try:
-            if checkpoint.kind == "huggingface" and (checkpoint.source / "config.json").is_file():
-                self._model, self._loaded_by = _from_folder(checkpoint.source), "transformers from_pretrained"
-            else:
-                self._model, self._loaded_by = _from_tensors(checkpoint), "checkpoint tensors, strict load_state_dict"
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{checkpoint.source}: the reference cannot load this model ({reason})") from error
-        self._model.eval()
+        model, self._loaded_by = load_llama(checkpoint, dtype)
+        self._model: Any = model.to(device).eval()
+        self._device = device
         self.vocab_size = int(self._model.config.vocab_size)
 
     def identity(self) -> dict[str, str]:
         """What the reference is, with versions."""
-        import transformers
-
         return {
             "class": type(self._model).__name__,
             "attention": str(self._model.config._attn_implementation),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "batch": "one request at a time",
+            "how": "whole model in memory",
+            "device": self._device,
             "loaded_by": self._loaded_by,
-            "transformers": str(transformers.__version__),
-            "torch": str(torch.__version__),
+            **versions(),
         }
+
+    def score_all(
+        self,
+        samples: Sequence[Sample],
+        *,
+        time_budget_s: float | None = None,
+        on_progress: Callable[[float, int], None] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """`score` of the first samples, in order, until the budget is used up; of one at least.
+
+        on_progress(done, of) is told how many are done, and of how many.
+        """
+        start = time.perf_counter()
+        for done, (prompt, tokens) in enumerate(samples, 1):
+            yield self.score(prompt, tokens)
+            if on_progress is not None:
+                on_progress(done, len(samples))
+            if time_budget_s is not None and time.perf_counter() - start >= time_budget_s:
+                return
 
     def score(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> np.ndarray:
         """float32 [n, vocab]: row i is the one that chooses output token i, given the output tokens before it.
@@ -95,10 +105,10 @@ class Reference:
         One forward pass over prompt and output (teacher forcing); only the n rows wanted go through the last product.
         Both lists must not be empty.
         """
-        fed = torch.tensor([[*prompt_token_ids, *token_ids[:-1]]])  # [1, p + n - 1]
-        with self._threads(), torch.inference_mode():
+        fed = self._ids([[*prompt_token_ids, *token_ids[:-1]]])  # [1, p + n - 1]
+        with self._computing():
             logits = self._model(input_ids=fed, use_cache=False, logits_to_keep=len(token_ids)).logits
-        return _rows(logits[0])
+        return as_rows(logits[0])
 
     def generate(
         self,
@@ -122,7 +132,7 @@ class Reference:
         stop = frozenset() if ignore_eos or forced is not None else frozenset(eos_token_ids)
         cache, fed = self._empty_cache(), prompt_token_ids
         chosen: list[int] = []
-        with self._threads(), torch.inference_mode():
+        with self._computing():
             for step in range(num_steps):
                 token = int(self._step(fed, cache).argmax())
                 chosen.append(token if forced is None else forced[step])
@@ -131,40 +141,32 @@ class Reference:
                 fed = chosen[-1:]
         return chosen
 
-    def noise_floor(self, samples: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int = 4) -> NoiseFloor:
+    def noise_floor(self, samples: Sequence[Sample]) -> NoiseFloor:
         """Compare the reference with itself: `score` against other shapes of the same computation.
 
         samples: (prompt, output tokens) pairs, at least one. They are run together in a right-padded, masked batch
-        (repeated when there are fewer than `batch_size`), and the first few tokens of the first one by one.
+        (repeated when there are fewer than four), and the first few tokens of the first one by one.
         """
-        chosen = list(islice(cycle(samples), batch_size))
-        lengths = [len(prompt) + len(tokens) - 1 for prompt, tokens in chosen]
-        fed = torch.full((batch_size, max(lengths) + 1), _PAD)  # one column of padding at least
-        mask = torch.zeros_like(fed)
-        for i, (prompt, tokens) in enumerate(chosen):
-            fed[i, : lengths[i]] = torch.tensor([*prompt, *tokens[:-1]])
-            mask[i, : lengths[i]] = 1
-        first = min(len(prompt) for prompt, _ in chosen) - 1
-        with self._threads(), torch.inference_mode():
-            keep = fed.shape[1] - first
-            together = self._model(input_ids=fed, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
-        worst, rows = 0.0, 0
-        for i, (prompt, tokens) in enumerate(chosen[: len(samples)]):
-            alone, start = self.score(prompt, tokens), len(prompt) - 1 - first
-            others = [_rows(together[i, start : start + len(tokens)])]
-            if i == 0:
-                others.append(self._one_by_one(prompt, tokens[:_NOISE_STEPS]))
-            for other in others:
-                worst, rows = max(worst, float(np.abs(other - alone[: len(other)]).max())), rows + len(other)
-        return NoiseFloor(worst, rows, batch_size)
+        samples = samples[:NOISE_BATCH]
+        batch = PaddedBatch(samples)
+        with self._computing():
+            together = self._model(
+                input_ids=batch.token_ids.to(self._device),
+                attention_mask=batch.mask.to(self._device),
+                use_cache=False,
+                logits_to_keep=batch.num_kept,
+            ).logits
+        prompt, tokens = samples[0]
+        steps = self._one_by_one(prompt, tokens[:NOISE_STEPS])
+        return measure_noise(batch, together, steps, [self.score(*sample) for sample in samples])
 
     def _one_by_one(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> np.ndarray:
         """The rows of `score`, one decode step each."""
         cache, fed = self._empty_cache(), prompt_token_ids
         found = []
-        with self._threads(), torch.inference_mode():
+        with self._computing():
             for token in token_ids:
-                found.append(_rows(self._step(fed, cache)))
+                found.append(as_rows(self._step(fed, cache)))
                 fed = [token]
         return np.stack(found)
 
@@ -175,66 +177,63 @@ class Reference:
 
     def _step(self, fed: Sequence[int], cache: Any) -> torch.Tensor:
         """float32 [vocab]: the row after the last of the tokens fed."""
-        ids = torch.tensor([list(fed)])  # [1, p], later [1, 1]
+        ids = self._ids([list(fed)])  # [1, p], later [1, 1]
         logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         row: torch.Tensor = logits[0, -1]
         return row
 
+    def _ids(self, token_ids: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(token_ids, device=self._device)
+
     @contextmanager
-    def _threads(self) -> Iterator[None]:
+    def _computing(self) -> Iterator[None]:
         before = torch.get_num_threads()
-        if self._num_threads is None or self._num_threads == before:
-            yield
-            return
-        torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(self._num_threads or before)
         try:
-            yield
+            with exact_products(), torch.inference_mode():
+                yield
         finally:
             torch.set_num_threads(before)
 
 
-def _rows(logits: torch.Tensor) -> np.ndarray:
-    rows: np.ndarray = logits.numpy()
+class PaddedBatch:
+    """Samples beside each other, padded on the right and masked; repeated when there are fewer than four.
+
+    token_ids, mask: int64 [4, longest + 1], so that there is one column of padding at least. num_kept: columns at the
+    end that hold every row wanted.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+        chosen = list(islice(cycle(samples), NOISE_BATCH))
+        lengths = [len(prompt) + len(tokens) - 1 for prompt, tokens in chosen]
+        self.token_ids = torch.full((len(chosen), max(lengths) + 1), _PAD)
+        self.mask = torch.zeros_like(self.token_ids)
+        for i, (prompt, tokens) in enumerate(chosen):
+            self.token_ids[i, : lengths[i]] = torch.tensor([*prompt, *tokens[:-1]])
+            self.mask[i, : lengths[i]] = 1
+        self._first = min(len(prompt) for prompt, _ in chosen) - 1
+        self.num_kept = self.token_ids.shape[1] - self._first
+
+    def rows(self, logits: torch.Tensor) -> Iterator[np.ndarray]:
+        """The rows float32 [n, vocab] of each sample, out of the batch's float32 [4, num_kept, vocab]."""
+        for i, (prompt, tokens) in enumerate(self._samples[: len(logits)]):
+            start = len(prompt) - 1 - self._first
+            yield as_rows(logits[i, start : start + len(tokens)])
+
+
+def measure_noise(
+    batch: PaddedBatch, together: torch.Tensor, steps: np.ndarray, alone: Sequence[np.ndarray]
+) -> NoiseFloor:
+    """The floor, from the logits of the padded batch, the first rows of the first sample made step by step, and the
+    rows of every sample made alone.
+    """
+    pairs = [(steps, alone[0]), *zip(batch.rows(together), alone, strict=True)]
+    worst = max(0.0, *(float(np.abs(other - own[: len(other)]).max()) for other, own in pairs))
+    return NoiseFloor(worst, sum(len(other) for other, _ in pairs), NOISE_BATCH)
+
+
+def as_rows(logits: torch.Tensor) -> np.ndarray:
+    """A tensor of any device as an array."""
+    rows: np.ndarray = logits.cpu().numpy()
     return rows
-
-
-def _from_folder(source: Path) -> Any:
-    """The model of a Hugging Face folder, without our reader. Raises ModelError when a weight is missing."""
-    from transformers import LlamaForCausalLM
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, info = LlamaForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    wrong = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind])
-    if wrong:
-        raise ModelError(f"{source}: {wrong[0]} is missing or misshapen ({len(wrong)} such weights); repair the model")
-    return model
-
-
-def _from_tensors(checkpoint: CheckpointLike) -> Any:
-    """The model with the checkpoint's tensors in place of its parameters: nothing is initialised or copied twice."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config = LlamaConfig.from_dict(checkpoint.config.to_hf_dict(), attn_implementation="eager")
-    state = {name: tensor.to(torch.float32) for name, tensor in checkpoint.tensors.items()}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
-    # NOTE: rotary frequencies are not part of a checkpoint; those made on the meta device have no values.
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)
-    return model

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.config import ModelConfig
 from isologit.engine.loop import StepRecord
 from isologit.engine.planner import Plan
 from isologit.engine.request import GenerationRequest, RequestOutput
-from isologit.fidelity import NoiseFloor
+from isologit.fidelity.certifier import ScoringReference
 from isologit.job.options import RunOptions
 from isologit.text.tokenizer import Tokenizer
 
@@ -38,10 +36,8 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class TimedReference(Protocol):
-    """`fidelity.Reference`: the baseline is its `generate`, the certificate uses the rest."""
-
-    vocab_size: int
+class TimedBaseline(Protocol):
+    """`fidelity.Reference`, of which the baseline is the `generate`."""
 
     def generate(
         self,
@@ -53,8 +49,10 @@ class TimedReference(Protocol):
         forced: Sequence[int] | None = None,
     ) -> list[int]: ...
     def identity(self) -> dict[str, str]: ...
-    def score(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> np.ndarray: ...
-    def noise_floor(self, samples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> NoiseFloor: ...
+
+
+class TimedReference(TimedBaseline, ScoringReference, Protocol):
+    """Both."""
 
 
 EngineFactory = Callable[[RunOptions], Engine]

@@ -132,5 +132,5 @@ def make_certificate(
         time_budget_s=options.certify_seconds or max(_LEAST_SECONDS, run_s),
         seed=seed,
         hashes=found_hashes,
-        on_progress=lambda done, total: observer.progress(Progress(done, total, done / max(1, total))),
+        on_progress=lambda done, of: observer.progress(Progress(int(done), of, done / of)),
     )

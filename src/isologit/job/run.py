@@ -250,7 +250,7 @@ def _fastest_threads(reference: TimedReference, journal: Journal, engine: Engine
     if answered:
         sample = answered[len(answered) // 2]
         threads = fastest_thread_count(
-            lambda: reference.score(sample.prompt_token_ids, sample.token_ids), engine.num_threads
+            lambda: list(reference.score_all([(sample.prompt_token_ids, sample.token_ids)])), engine.num_threads
         )
     with torch_threads(threads):
         yield
