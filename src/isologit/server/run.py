@@ -180,6 +180,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=Connection,
+                ws="none",
                 log_level="warning",
                 access_log=False,
                 backlog=_BACKLOG,
