@@ -49,6 +49,7 @@ def offline(asked: argparse.Namespace) -> dict[str, float]:
         load_format=asked.load_format,
         tokenizer=asked.tokenizer,
         max_num_seqs=asked.max_num_seqs,
+        speculative_config=None,
     )
     assert llm.tokenizer is not None
     requests = [

@@ -62,6 +62,7 @@ def main() -> None:
     llm = LLM(
         args.model,
         load_format="dummy",
+        speculative_config=None,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         seed=args.seed,

@@ -108,7 +108,7 @@ def test_logits_are_bit_identical_whatever_the_batch(
 ) -> None:
     folder, _ = model
     prompts, sampling = workload(20, seed=1, return_logits=True)
-    plain = LLM(folder).generate(prompts, sampling)
+    plain = LLM(folder, speculative_config=None).generate(prompts, sampling)
     reversed_outputs = LLM(folder, **options).generate(prompts[::-1], sampling[::-1])
     for a, b in zip(plain, reversed_outputs[::-1], strict=True):
         assert a.token_ids == b.token_ids
@@ -119,7 +119,7 @@ def test_logits_are_bit_identical_whatever_the_batch(
 def test_a_draft_model_saves_steps_and_changes_no_bit(model: tuple[Path, LlamaForCausalLM], slots: int) -> None:
     folder, _ = model
     prompts, sampling = workload(20, seed=1, return_logits=True)
-    plain = LLM(folder, max_num_seqs=slots)
+    plain = LLM(folder, max_num_seqs=slots, speculative_config=None)
     llm = LLM(folder, max_num_seqs=slots, speculative_config={"model": str(folder), "num_speculative_tokens": 4})
     llm._make_proposer = _free_of_charge(llm._make_proposer)  # type: ignore[method-assign]
     outputs = llm.generate(prompts, sampling)
@@ -381,7 +381,7 @@ def test_outputs_with_captured_rows_wait_for_others_but_not_long(
     model: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, hold_s: float
 ) -> None:
     monkeypatch.setattr("isologit.engine.loop._LONGEST_HOLD_S", hold_s)
-    llm = LLM(model[0], max_num_seqs=1)
+    llm = LLM(model[0], max_num_seqs=1, speculative_config=None)
     requests = [
         GenerationRequest(name, [1, 4, 9], SamplingParams(max_tokens=5, ignore_eos=True), capture=frozenset({0}))
         for name in "abc"

@@ -6,14 +6,16 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from isologit.backends.base import Backend, LoadOptions
 from isologit.backends.registry import load_backend
 from isologit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from isologit.checkpoints.dummy import dummy_checkpoint
-from isologit.config import EngineConfig, ModelConfig, SpeculativeConfig, load_model_config
+from isologit.config import EngineOptions, ModelConfig, SpeculativeConfig, load_model_config
+from isologit.config.engine_options import QkvLayout
 from isologit.engine.blocks import BlockPool
 from isologit.engine.calibration import CALIBRATION_ROWS, StepTimes, measure_step_times
 from isologit.engine.draft_model import DraftModelProposer
@@ -23,8 +25,9 @@ from isologit.engine.request import GenerationRequest, RequestMetrics, RequestOu
 from isologit.engine.runner import Runner
 from isologit.engine.scheduler import Scheduler, SchedulerConfig
 from isologit.engine.speculation import NGramProposer, Proposer
-from isologit.errors import ConfigError, ModelError, RequestError
+from isologit.errors import ModelError, RequestError
 from isologit.text.tokenizer import Tokenizer, load_tokenizer
+from isologit.workload import demo_model_path
 
 Prompt = str | Mapping[str, Any]
 
@@ -37,59 +40,30 @@ _DEFAULT_KV_SHARE = 0.5  # of the memory that is free when the model is loaded
 class LLM:
     """A model, ready to generate.
 
-    model: Hugging Face LLaMA folder, MindFormers checkpoint, or with `load_format="dummy"` a preset or config.json.
-    config: a `config.json` or MindFormers YAML to use instead of the one beside the weights. tokenizer: folder or file,
-    when it is not in the model's folder. `max_num_seqs` (running slots) and `max_num_batched_tokens` (tokens of one
-    step) are chosen by the planner when None. `speculative_config`: None, or a dictionary of `SpeculativeConfig`
-    fields. `kv_cache_memory_bytes` bounds keys and values; None takes up to half of the memory that is free, as far as
-    the running requests need it. `backend` and `device` are chosen by what the machine has when "auto".
-    `logprobs_mode` says what `logprobs` are, as in vLLM.
+    Takes `EngineOptions`, or the model and any of their fields by name: `LLM("path", max_num_seqs=64)`; a
+    `speculative_config` may be a dictionary. Weights are float32 or widened exactly to it; all arithmetic is float32.
 
     Raises ModelError for a checkpoint that cannot be loaded, ConfigError for invalid options.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        config: str | Path | None = None,
-        tokenizer: str | Path | None = None,
-        load_format: str = "auto",
-        qkv_layout: str | None = None,
-        max_num_seqs: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        enable_prefix_caching: bool = True,
-        longest_first: bool = True,
-        speculative_config: Mapping[str, Any] | None = None,
-        kv_cache_memory_bytes: int | None = None,
-        num_threads: int | None = None,
-        backend: str = "auto",
-        device: str = "auto",
-        seed: int = 0,
-        logprobs_mode: Literal["raw_logprobs", "raw_logits"] = "raw_logprobs",
-    ) -> None:
-        self.engine_config = EngineConfig(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enable_prefix_caching=enable_prefix_caching,
-            longest_first=longest_first,
-            speculative=None if speculative_config is None else SpeculativeConfig(**speculative_config),
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            num_threads=num_threads,
-            backend=backend,
-            device=device,
-            seed=seed,
-            logprobs_mode=logprobs_mode,
+    def __init__(self, model: str | Path | None = None, *, options: EngineOptions | None = None, **fields: Any) -> None:
+        if model is not None:
+            fields["model"] = str(model)
+        if isinstance(fields.get("speculative_config"), Mapping):
+            fields["speculative_config"] = SpeculativeConfig(**fields["speculative_config"])
+        self.options = replace(options or EngineOptions(), **fields)
+        options = self.options
+        self.checkpoint = _open(
+            options.model or demo_model_path(), options, config=options.model_config, qkv_layout=options.qkv_layout
         )
-        self.checkpoint = _open(model, load_format, seed, config=config, qkv_layout=qkv_layout)
         self.config: ModelConfig = self.checkpoint.config
-        self.tokenizer: Tokenizer | None = load_tokenizer(Path(tokenizer) if tokenizer else self.checkpoint.source)
-        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        self.tokenizer: Tokenizer | None = load_tokenizer(options.tokenizer or self.checkpoint.source)
+        self.num_threads = options.num_threads or len(os.sched_getaffinity(0))
         self.max_model_len = self.config.max_position_embeddings
         self._model = self._load(self.checkpoint)
-        self._draft = self._load_draft(load_format)
+        self._draft = self._load_draft()
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
-        budget = kv_cache_memory_bytes or int(self._model.free_memory() * _DEFAULT_KV_SHARE)
+        budget = options.kv_cache_memory_bytes or int(self._model.free_memory() * _DEFAULT_KV_SHARE)
         self.max_kv_blocks = budget // self._kv_bytes_per_block()
         self._num_kv_blocks = self._reserved_tokens = 0
         self._step_times: list[StepTimes] = []
@@ -98,18 +72,18 @@ class LLM:
         self.step_records: list[StepRecord] = []
 
     def _load(self, checkpoint: Checkpoint) -> Backend:
-        options = LoadOptions(self.max_model_len, self.num_threads, self.engine_config.device)
-        return load_backend(checkpoint, options, backend=self.engine_config.backend)
+        options = LoadOptions(self.max_model_len, self.num_threads, self.options.device)
+        return load_backend(checkpoint, options, backend=self.options.backend)
 
-    def _load_draft(self, load_format: str) -> Backend | None:
+    def _load_draft(self) -> Backend | None:
         """The draft model, if one is asked for. Raises ModelError when its vocabulary is another one."""
-        speculative = self.engine_config.speculative
-        if speculative is None or speculative.model is None:
+        name = self.options.draft_model
+        if name is None:
             return None
-        checkpoint = _open(speculative.model, load_format, self.engine_config.seed)
+        checkpoint = _open(name, self.options)
         if checkpoint.config.vocab_size != self.config.vocab_size:
             raise ModelError(
-                f"{speculative.model}: a draft model needs the vocabulary of the model it guesses for, but it has "
+                f"{name}: a draft model needs the vocabulary of the model it guesses for, but it has "
                 f"{checkpoint.config.vocab_size} tokens instead of {self.config.vocab_size}"
             )
         return self._load(checkpoint)
@@ -235,7 +209,7 @@ class LLM:
 
     def plan(self, requests: Sequence[GenerationRequest]) -> Plan:
         """Slots, token budget, order, and predicted steps and seconds for these requests."""
-        options = self.engine_config
+        options = self.options
         lengths = [(len(r.prompt_token_ids), _expected_tokens(r)) for r in requests]
         return plan(
             lengths,
@@ -258,7 +232,7 @@ class LLM:
         `max_num_seqs` and `max_num_batched_tokens` are those of the constructor, else 128 and 512. The loop uses this
         object's memory, so nothing else may run meanwhile.
         """
-        options = self.engine_config
+        options = self.options
         slots = options.max_num_seqs or _OPEN_SLOTS
         rows = options.max_num_batched_tokens or max(slots, _OPEN_ROWS)
         blocks_each = -(-self.max_model_len // self._model.block_size)
@@ -266,7 +240,7 @@ class LLM:
 
     def _loop_of(self, slots: int, rows: int, num_blocks: int, zero_s: float) -> EngineLoop:
         self._make_room(num_blocks, rows)
-        options = self.engine_config
+        options = self.options
         pool = BlockPool(num_blocks, self._model.block_size, enable_prefix_caching=options.enable_prefix_caching)
         config = SchedulerConfig(
             max_num_seqs=slots,
@@ -295,7 +269,7 @@ class LLM:
         self._reserved_tokens = max(rows, self._reserved_tokens)
 
     def _make_proposer(self, max_rows: int) -> Proposer | None:
-        options = self.engine_config.speculative
+        options = self.options.speculative_config
         if options is None:
             return None
         # NOTE: calibration writes into the key/value memory, so it must be over before anything runs.
@@ -320,7 +294,7 @@ class LLM:
         """
         rows = max(1, min(CALIBRATION_ROWS[-1], self.max_kv_blocks))
         ready = self.max_kv_blocks
-        if self.engine_config.kv_cache_memory_bytes is None:
+        if self.options.kv_cache_memory_bytes is None:
             most = _PREPARED_BYTES // self._kv_bytes_per_block()
             ready = min(ready, most, _PREPARED_TOKENS // self._model.block_size)
         self._make_room(max(rows, ready), rows)
@@ -338,7 +312,7 @@ class LLM:
 
     def describe(self) -> dict[str, Any]:
         """What runs: slots, budget, dtype, kernels, threads."""
-        options, last = self.engine_config, self.last_plan
+        options, last = self.options, self.last_plan
         return {
             "backend": self._model.name,
             **self._model.describe(),
@@ -350,24 +324,21 @@ class LLM:
             "max_num_batched_tokens": last.max_num_batched_tokens if last else options.max_num_batched_tokens,
             "enable_prefix_caching": options.enable_prefix_caching,
             "order": "longest-first" if options.longest_first else "given",
-            "num_speculative_tokens": options.speculative.num_speculative_tokens if options.speculative else 0,
-            "draft_model": options.speculative.model if options.speculative else None,
+            "num_speculative_tokens": options.num_speculative_tokens,
+            "draft_model": options.draft_model,
         }
 
 
 def _open(
     model: str | Path,
-    load_format: str,
-    seed: int,
+    options: EngineOptions,
     *,
-    config: str | Path | None = None,
-    qkv_layout: str | None = None,
+    config: Path | None = None,
+    qkv_layout: QkvLayout | None = None,
 ) -> Checkpoint:
-    if load_format == "dummy":
+    if options.load_format == "dummy":
         shape = load_model_config(model)
-        return dummy_checkpoint(shape, seed=seed, dtype=shape.dtype)
-    if load_format != "auto":
-        raise ConfigError(f'load_format "{load_format}" is unknown; use "auto" or "dummy"')
+        return dummy_checkpoint(shape, seed=options.seed, dtype=shape.dtype)
     return open_checkpoint(Path(model), config=config, qkv_layout=qkv_layout)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from isologit.config import PRESETS, ModelConfig, RopeScaling, load_model_config
+from isologit.config import PRESETS, ModelConfig, RopeScaling, load_model_config, preset
 from isologit.config.model_config import read_json_object
 from isologit.errors import ConfigError, ModelError
 
@@ -149,7 +149,7 @@ def test_sha256_tells_configs_apart() -> None:
 
 
 def test_load_model_config(tmp_path: Any) -> None:
-    assert load_model_config("llama-110m") == PRESETS["llama-110m"] == ModelConfig.from_preset("llama-110m")
+    assert load_model_config("llama-110m") == PRESETS["llama-110m"] == preset("llama-110m")
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf_dict()))
     assert load_model_config(tmp_path) == load_model_config(str(tmp_path / "config.json")) == TINY
 
@@ -158,7 +158,7 @@ def test_load_model_config_refusals(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=r'"llama-9b" is neither a preset .*llama2-7b.* nor an existing'):
         load_model_config("llama-9b")
     with pytest.raises(ConfigError, match='preset "llama-9b" is unknown; use one of llama2-7b'):
-        ModelConfig.from_preset("llama-9b")
+        preset("llama-9b")
     with pytest.raises(ModelError, match=r"has no config\.json"):
         load_model_config(tmp_path)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from isologit import LLM, GenerationRequest, RequestOutput
 from isologit.checkpoints.checkpoint import open_checkpoint
+from isologit.config import EngineOptions
 from isologit.engine.runner import Runner, StepResult
 from isologit.engine.scheduler import StepPlan
 from isologit.job.options import RunOptions
@@ -43,12 +44,14 @@ def run(prompts: Path, tmp_path: Path, engine: type[LLM] = LLM, spoil: Callable[
         spoil(tensors)
         save_file(tensors, folder / "model.safetensors")
 
-    def factory(options: RunOptions) -> LLM:
+    def factory(options: EngineOptions) -> LLM:
         llm = engine(folder, num_threads=1)
         llm.checkpoint = open_checkpoint(demo_model_path())
         return llm
 
-    options = RunOptions(dataset=prompts, output=tmp_path / "out", baseline_requests=0, num_threads=1)
+    options = RunOptions(
+        engine=EngineOptions(num_threads=1), dataset=prompts, output=tmp_path / "out", baseline_requests=0
+    )
     result: RunResult = run_job(options, engine_factory=factory)
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert result.valid == (certificate["verdict"] == "VALID")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from isologit.config import ModelConfig
+from isologit.config import preset
 from isologit.job.machine import MachineLimits
 from isologit.job.profile import LAYER_PRODUCTS, profile
 
-CONFIG = ModelConfig.from_preset("llama-110m")
+CONFIG = preset("llama-110m")
 
 
 def step(start: float, end: float, tokens: int, logits: int) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from isologit import LLM
-from isologit.server.run import Server, ServerOptions, bind, make_service
+from isologit.server.options import ServerOptions
+from isologit.server.run import Server, bind, make_service
 from isologit.server.service import Service
-from isologit.workload import demo_model_path
 
 NAME = "demo"
 
@@ -43,9 +43,8 @@ class Running:
 def running(options: ServerOptions | None = None) -> Iterator[Running]:
     options = options or ServerOptions()
     llm = LLM(
-        demo_model_path(),
+        options=options.engine,
         num_threads=1,
-        max_num_seqs=options.max_num_seqs,
         logprobs_mode="raw_logits" if options.strict_contest else "raw_logprobs",
     )
     service = make_service(llm, options, NAME)

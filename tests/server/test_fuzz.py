@@ -19,7 +19,7 @@ from tests.server.tools import PROMPT, SPOKEN, Spoken
 
 from isologit.bench.streams import MessageStream
 from isologit.server.app import create_app
-from isologit.server.run import ServerOptions
+from isologit.server.options import ServerOptions
 from isologit.server.service import Service, _TextFeed
 from isologit.text.tokenizer import load_tokenizer
 from isologit.workload import demo_model_path

@@ -16,9 +16,11 @@ from tests.server.conftest import NAME, Running, running
 from tests.server.tools import PROMPT, SPOKEN, Spoken, steps_of, until
 
 from isologit import LLM
+from isologit.config import EngineOptions
 from isologit.errors import ConfigError
 from isologit.server import connections, gate
-from isologit.server.run import ServerOptions, make_service
+from isologit.server.options import ServerOptions
+from isologit.server.run import make_service
 from isologit.workload import demo_model_path
 
 every_dialect = pytest.mark.parametrize("spoken", SPOKEN, ids=lambda spoken: spoken.name)
@@ -61,7 +63,7 @@ def burst(server: Running, spoken: Spoken, count: int, *, stream: bool) -> list[
 @pytest.fixture(scope="module")
 def small() -> Iterator[Running]:
     """One slot and a queue of two."""
-    with running(ServerOptions(max_num_seqs=1, max_queue=2)) as found:
+    with running(ServerOptions(engine=EngineOptions(max_num_seqs=1), max_queue=2)) as found:
         yield found
 
 
@@ -291,7 +293,7 @@ def test_without_the_limit_the_same_request_is_answered(server: Running, spoken:
 
 
 def test_time_in_the_queue_counts(start: Callable[..., Running]) -> None:
-    server = start(request_timeout_s=0.5, max_num_seqs=1)
+    server = start(request_timeout_s=0.5, engine=EngineOptions(max_num_seqs=1))
     path, body = SPOKEN[1].request(tokens=100)
     answers: list[httpx.Response] = []
     with steps_of(server, 0.05):

@@ -17,7 +17,7 @@ from tests.server.tools import until
 
 from isologit import LLM
 from isologit.engine.async_engine import AsyncEngine, Delta, Stream
-from isologit.server.run import ServerOptions
+from isologit.server.options import ServerOptions
 from isologit.workload import demo_model_path
 
 

@@ -12,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.server.conftest import NAME, Running
 from tests.server.tools import PROMPT, SPOKEN, raw_request, steps_of, until
 
+from isologit.config import EngineOptions
+
 FOX = "Describe the fox.\n"  # the demo model ends its answer by itself
 
 
@@ -81,7 +83,7 @@ def test_counters_add_up_exactly(start: Callable[..., Running]) -> None:
 
 
 def test_gauges_follow_what_runs_and_waits(start: Callable[..., Running]) -> None:
-    server = start(max_num_seqs=2)
+    server = start(engine=EngineOptions(max_num_seqs=2))
     idle = metrics(server)
     assert [idle[f"vllm:{n}"] for n in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")] == [
         0.0

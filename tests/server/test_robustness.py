@@ -17,9 +17,10 @@ from tests.server.conftest import NAME, Running, running
 from tests.server.tools import PROMPT, SPOKEN, Spoken, process, raw_request, steps_of, until
 
 from isologit.common.processes import ServerProcess
+from isologit.config import EngineOptions
 from isologit.engine.request import GenerationRequest
 from isologit.server import service as service_module
-from isologit.server.run import ServerOptions
+from isologit.server.options import ServerOptions
 
 SECRET = "Xyzzy the password is plugh"
 every_dialect = pytest.mark.parametrize("spoken", SPOKEN, ids=lambda spoken: spoken.name)
@@ -96,7 +97,7 @@ def test_all_choices_of_a_client_that_leaves_are_cancelled(server: Running, stre
 
 @both_ways
 def test_a_client_that_leaves_while_it_waits_is_never_run(start: Callable[..., Running], stream: bool) -> None:
-    server = start(max_num_seqs=1)
+    server = start(engine=EngineOptions(max_num_seqs=1))
     engine = server.service.engine
     with steps_of(server, 0.01) as steps:
         first = Posting(server, SPOKEN[1], 30)
@@ -199,7 +200,7 @@ def assert_failed(spoken: Spoken, answer: httpx.Response, *, stream: bool) -> No
 
 @pytest.fixture(scope="module")
 def two_slots() -> Iterator[Running]:
-    with running(ServerOptions(max_num_seqs=2)) as found:
+    with running(ServerOptions(engine=EngineOptions(max_num_seqs=2))) as found:
         yield found
 
 
@@ -239,7 +240,7 @@ def test_failures_that_are_not_in_a_row_end_nothing(start: Callable[..., Running
 @every_dialect
 @both_ways
 def test_three_failures_in_a_row_end_the_server(start: Callable[..., Running], spoken: Spoken, stream: bool) -> None:
-    server = start(max_num_seqs=1)
+    server = start(engine=EngineOptions(max_num_seqs=1))
     with steps_of(server) as steps:
         steps.gate.clear()
         steps.failures += [RuntimeError()] * 3

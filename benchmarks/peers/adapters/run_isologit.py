@@ -29,6 +29,7 @@ class _Engine:
         self._llm = LLM(
             job.model_dir,
             enable_prefix_caching=False,
+            speculative_config=None,
             kv_cache_memory_bytes=_CACHE_BYTES,
             num_threads=job.threads,
             **job.settings,

@@ -10,8 +10,9 @@ import typer
 
 from isologit.bench.options import DEFAULT_PORT, METRICS, Backend, DatasetName, Metric, ServingOptions
 from isologit.cli.exits import Exit, interrupt_on_sigterm, reporting_errors
+from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError, DatasetError
-from isologit.job.options import DEFAULT_SPECULATIVE_TOKENS, RunOptions
+from isologit.job.options import DEFAULT_MAX_NEW_TOKENS, RunOptions
 
 if TYPE_CHECKING:
     from isologit.bench.serving import Measurement
@@ -26,6 +27,7 @@ _LOAD = "When it is sent"
 _OUTPUT = "What comes out"
 _ENGINE = "How it runs"
 
+_ENGINE_DEFAULTS = EngineOptions()
 _ALL_METRICS = ",".join(METRICS)
 _PERCENTILES = "50,90,95,99"
 
@@ -330,17 +332,17 @@ def sweep(
 @bench_app.command("throughput")
 def throughput(
     model: EngineModel = None,
-    load_format: LoadFormat = "auto",
+    load_format: LoadFormat = _ENGINE_DEFAULTS.load_format,
     tokenizer: EngineTokenizer = None,
     dataset_path: DatasetPath = None,
     num_prompts: NumPrompts = None,
-    max_new_tokens: MaxNewTokens = 128,
+    max_new_tokens: MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
     ignore_eos: IgnoreEos = False,
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
-    speculative_tokens: SpeculativeTokens = DEFAULT_SPECULATIVE_TOKENS,
+    speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
     threads: Threads = None,
-    seed: Annotated[int, _option(_ENGINE, metavar="N", help="Of dummy weights.")] = 0,
+    seed: Annotated[int, _option(_ENGINE, metavar="N", help="Of dummy weights.")] = _ENGINE_DEFAULTS.seed,
     output_json: OutputJson = None,
 ) -> None:
     """Run all prompts at once in this process, without HTTP and without proof: requests and tokens a second."""
@@ -352,23 +354,25 @@ def throughput(
         from isologit.job.preprocess import preprocess
 
         options = RunOptions(
-            model=model,
+            engine=EngineOptions(
+                model=model,
+                load_format=load_format,
+                tokenizer=tokenizer,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                speculative_config=speculation(speculative_tokens),
+                num_threads=threads,
+                seed=seed,
+            ),
             dataset=dataset_path,
             limit=num_prompts,
-            load_format=load_format,
-            tokenizer=tokenizer,
             ignore_eos=ignore_eos,
             max_new_tokens=max_new_tokens,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            num_speculative_tokens=speculative_tokens,
-            num_threads=threads,
-            seed=seed,
         )
         interrupt_on_sigterm()
         with display(quiet=False) as observer:
             observer.stage("load the model")
-            engine = load_engine(options)
+            engine = load_engine(options.engine)
             prepared = preprocess(options, engine)
             if prepared.refused:
                 first = prepared.refused[0]
@@ -393,16 +397,18 @@ def throughput(
 @bench_app.command("latency")
 def latency(
     model: EngineModel = None,
-    load_format: LoadFormat = "auto",
+    load_format: LoadFormat = _ENGINE_DEFAULTS.load_format,
     batch_size: Annotated[int, _option(_PROMPTS, metavar="N", min=1, help="Requests run together.")] = 8,
     input_len: Annotated[int, _option(_PROMPTS, metavar="N", min=1, help="Tokens of each prompt, random.")] = 32,
     output_len: Annotated[int, _option(_PROMPTS, metavar="N", min=1, help="Tokens of each answer, exactly.")] = 128,
     num_iters: Annotated[int, _option(_PROMPTS, metavar="N", min=1, help="Times that are measured.")] = 30,
     num_iters_warmup: Annotated[int, _option(_PROMPTS, metavar="N", min=0, help="Times before.")] = 10,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
-    speculative_tokens: SpeculativeTokens = 0,
+    speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
     threads: Threads = None,
-    seed: Annotated[int, _option(_ENGINE, metavar="N", help="Of the prompts and of dummy weights.")] = 0,
+    seed: Annotated[
+        int, _option(_ENGINE, metavar="N", help="Of the prompts and of dummy weights.")
+    ] = _ENGINE_DEFAULTS.seed,
     output_json: OutputJson = None,
 ) -> None:
     """Run one batch of random prompts again and again in this process: seconds and their percentiles."""
@@ -412,13 +418,13 @@ def latency(
         from isologit.common.progress import Progress
         from isologit.job.engine import load_engine
 
-        options = RunOptions(
+        options = EngineOptions(
             model=model,
             load_format=load_format,
             max_num_seqs=batch_size,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=False,
-            num_speculative_tokens=speculative_tokens,
+            speculative_config=speculation(speculative_tokens),
             num_threads=threads,
             seed=seed,
         )

@@ -11,17 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from isologit.cli.exits import Exit, interrupt_on_sigterm, leave, reporting_errors
+from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError
-from isologit.job.options import (
-    DEFAULT_BASELINE_REQUESTS,
-    DEFAULT_MAX_NEW_TOKENS,
-    DEFAULT_SPECULATIVE_TOKENS,
-    RunOptions,
-)
+from isologit.job.options import DEFAULT_BASELINE_REQUESTS, DEFAULT_MAX_NEW_TOKENS, RunOptions
 
 if TYPE_CHECKING:
     from isologit.job.result import RunResult
 
+_ENGINE_DEFAULTS = EngineOptions()
 _INPUT = "What to run"
 _OUTPUT = "Where results go"
 _ENGINE = "How it runs"
@@ -67,7 +64,7 @@ def run_command(
     load_format: Annotated[
         Literal["auto", "dummy"],
         typer.Option(rich_help_panel=_INPUT, help="dummy: seeded random weights of the model's shape."),
-    ] = "auto",
+    ] = _ENGINE_DEFAULTS.load_format,
     tokenizer: Annotated[
         Path | None,
         typer.Option(rich_help_panel=_INPUT, metavar="DIR|FILE", help="Tokenizer, when the model's folder has none."),
@@ -113,13 +110,13 @@ def run_command(
         typer.Option(
             rich_help_panel=_ENGINE, show_default=False, help="Compute a beginning that prompts share only once (on)."
         ),
-    ] = True,
+    ] = _ENGINE_DEFAULTS.enable_prefix_caching,
     speculative_tokens: Annotated[
         int,
         typer.Option(
             rich_help_panel=_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition; 0 guesses none."
         ),
-    ] = DEFAULT_SPECULATIVE_TOKENS,
+    ] = _ENGINE_DEFAULTS.num_speculative_tokens,
     draft_model: Annotated[
         str | None,
         typer.Option(
@@ -131,13 +128,13 @@ def run_command(
     order: Annotated[
         Literal["longest-first", "given"],
         typer.Option(rich_help_panel=_ENGINE, help="Which requests start first."),
-    ] = "longest-first",
+    ] = "longest-first" if _ENGINE_DEFAULTS.longest_first else "given",
     threads: Annotated[
         int | None, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Worker threads. Default: every core.")
     ] = None,
     seed: Annotated[
         int, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Of dummy weights and of the baseline's sample.")
-    ] = 0,
+    ] = _ENGINE_DEFAULTS.seed,
     baseline_requests: Annotated[
         str,
         typer.Option(
@@ -172,24 +169,25 @@ def run_command(
     """
     with reporting_errors(as_json=as_json):
         options = RunOptions(
-            model=model,
+            engine=EngineOptions(
+                model=model,
+                tokenizer=tokenizer,
+                load_format=load_format,
+                qkv_layout=qkv_layout,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                enable_prefix_caching=enable_prefix_caching,
+                longest_first=order == "longest-first",
+                speculative_config=speculation(speculative_tokens, draft_model),
+                num_threads=threads,
+                seed=seed,
+            ),
             dataset=dataset,
             output=output,
             limit=limit,
-            load_format=load_format,
-            tokenizer=tokenizer,
-            qkv_layout=qkv_layout,
             replay=replay,
             ignore_eos=ignore_eos,
             max_new_tokens=max_new_tokens,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enable_prefix_caching=enable_prefix_caching,
-            num_speculative_tokens=speculative_tokens,
-            draft_model=draft_model,
-            order=order,
-            num_threads=threads,
-            seed=seed,
             baseline_requests=_baseline_requests(baseline_requests),
             certify_seconds=certify_seconds,
             save_logits=save_logits,

@@ -9,14 +9,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from isologit.cli.exits import reporting_errors
+from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError
+from isologit.server.options import ServerOptions
 
 _MODEL = "What is served"
 _NETWORK = "Where"
 _LIMITS = "Limits"
 _ENGINE = "How it runs"
 
-_DEFAULT_HOST, _DEFAULT_PORT = "127.0.0.1", 8835
+_ENGINE_DEFAULTS, _DEFAULTS = EngineOptions(), ServerOptions()
 
 
 def _option(panel: str, *names: str, **more: Any) -> Any:
@@ -32,7 +34,7 @@ def serve_command(
     ] = None,
     load_format: Annotated[
         Literal["auto", "dummy"], _option(_MODEL, help="dummy: seeded random weights of the model's shape.")
-    ] = "auto",
+    ] = _ENGINE_DEFAULTS.load_format,
     qkv_layout: Annotated[
         Literal["concat", "interleaved"] | None,
         _option(_MODEL, help="Layout of fused matrices in a MindFormers checkpoint."),
@@ -44,20 +46,23 @@ def serve_command(
         Path | None,
         _option(_MODEL, metavar="YAML", help="The contest's server YAML; options given here overrule it."),
     ] = None,
-    host: Annotated[str | None, _option(_NETWORK, metavar="ADDRESS", help="Default: 127.0.0.1.")] = None,
-    port: Annotated[int | None, _option(_NETWORK, "--port", "-P", metavar="N", help="Default: 8835.")] = None,
+    host: Annotated[str | None, _option(_NETWORK, metavar="ADDRESS", help=f"Default: {_DEFAULTS.host}.")] = None,
+    port: Annotated[
+        int | None, _option(_NETWORK, "--port", "-P", metavar="N", help=f"Default: {_DEFAULTS.port}.")
+    ] = None,
     api_key: Annotated[
         str | None,
         _option(_NETWORK, metavar="KEY", envvar="ISOLOGIT_API_KEY", help="Clients must send it as a bearer token."),
     ] = None,
     max_queue: Annotated[
         int, _option(_LIMITS, metavar="N", help="Requests that may wait; more are answered with 429.")
-    ] = 4096,
+    ] = _DEFAULTS.max_queue,
     max_model_len: Annotated[
         int | None, _option(_LIMITS, metavar="N", help="Prompt and answer of a request. Default: the model's context.")
     ] = None,
-    max_body_bytes: Annotated[int, _option(_LIMITS, metavar="N", help="Larger bodies are answered with 413.")] = 4
-    << 20,
+    max_body_bytes: Annotated[
+        int, _option(_LIMITS, metavar="N", help="Larger bodies are answered with 413.")
+    ] = _DEFAULTS.max_body_bytes,
     request_timeout: Annotated[
         float | None, _option(_LIMITS, metavar="S", help="Longest time for an answer. Default: none.")
     ] = None,
@@ -65,10 +70,10 @@ def serve_command(
     max_num_batched_tokens: Annotated[int | None, _option(_ENGINE, metavar="N", help="Tokens of a step [512].")] = None,
     enable_prefix_caching: Annotated[
         bool, _option(_ENGINE, show_default=False, help="Compute a beginning that prompts share only once (on).")
-    ] = True,
+    ] = _ENGINE_DEFAULTS.enable_prefix_caching,
     speculative_tokens: Annotated[
-        int, _option(_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition.")
-    ] = 8,
+        int, _option(_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition; 0 guesses none.")
+    ] = _ENGINE_DEFAULTS.num_speculative_tokens,
     draft_model: Annotated[
         str | None, _option(_ENGINE, metavar="DIR|FILE|PRESET", help="A smaller model that guesses instead.")
     ] = None,
@@ -85,33 +90,32 @@ def serve_command(
     """
     with reporting_errors():
         from isologit.server.contest_config import ContestConfig, load_contest_config
-        from isologit.server.run import ServerOptions, serve
+        from isologit.server.run import serve
 
         asked = ContestConfig() if config is None else load_contest_config(config)
         for line in asked.ignored:
             print(f"{config}: {line}", file=sys.stderr)
         if config is not None and model is None and asked.model is None:
             raise ConfigError(f"{config}: names no model; add model_config.model_cfg_path, or give --model")
-        if speculative_tokens < 0:
-            raise ConfigError(f"--speculative-tokens must be at least 0, not {speculative_tokens}")
         code = serve(
             ServerOptions(
-                model=model or (None if asked.model is None else str(asked.model)),
-                model_config=asked.model_config if model is None else None,
-                tokenizer=tokenizer or asked.tokenizer,
-                load_format=load_format,
-                qkv_layout=qkv_layout,
+                engine=EngineOptions(
+                    model=model or (None if asked.model is None else str(asked.model)),
+                    model_config=asked.model_config if model is None else None,
+                    tokenizer=tokenizer or asked.tokenizer,
+                    load_format=load_format,
+                    qkv_layout=qkv_layout,
+                    max_num_seqs=asked.max_num_seqs if max_num_seqs is None else max_num_seqs,
+                    max_num_batched_tokens=max_num_batched_tokens,
+                    enable_prefix_caching=enable_prefix_caching,
+                    speculative_config=speculation(speculative_tokens, draft_model),
+                    num_threads=threads,
+                ),
                 served_model_name=served_model_name or asked.name,
-                host=host or asked.host or _DEFAULT_HOST,
-                port=next(p for p in (port, asked.port, _DEFAULT_PORT) if p is not None),
+                host=host or asked.host or _DEFAULTS.host,
+                port=next(p for p in (port, asked.port, _DEFAULTS.port) if p is not None),
                 api_key=api_key,
-                max_num_seqs=asked.max_num_seqs if max_num_seqs is None else max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
                 max_model_len=asked.max_model_len if max_model_len is None else max_model_len,
-                num_speculative_tokens=speculative_tokens,
-                draft_model=draft_model,
-                enable_prefix_caching=enable_prefix_caching,
-                num_threads=threads,
                 max_queue=max_queue,
                 max_body_bytes=max_body_bytes,
                 request_timeout_s=request_timeout,

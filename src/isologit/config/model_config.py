@@ -151,13 +151,6 @@ class ModelConfig:
         except ConfigError as error:
             raise ModelError(f"{source}: {error}") from None
 
-    @classmethod
-    def from_preset(cls, name: str) -> ModelConfig:
-        """The shape of a well-known model. Raises ConfigError for an unknown name."""
-        from isologit.config.presets import preset
-
-        return preset(name)
-
     def to_hf_dict(self) -> dict[str, Any]:
         """A `config.json` dictionary: `LlamaConfig(**config.to_hf_dict())` works and `from_hf_dict` reads it back."""
         return {

@@ -9,12 +9,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from isologit.checkpoints.checkpoint import Checkpoint
-from isologit.config import ModelConfig
+from isologit.config import EngineOptions, ModelConfig
 from isologit.engine.loop import StepRecord
 from isologit.engine.planner import Plan
 from isologit.engine.request import GenerationRequest, RequestOutput
 from isologit.fidelity.certifier import ScoringReference
-from isologit.job.options import RunOptions
 from isologit.text.tokenizer import Tokenizer
 
 
@@ -55,31 +54,15 @@ class TimedReference(TimedBaseline, ScoringReference, Protocol):
     """Both."""
 
 
-EngineFactory = Callable[[RunOptions], Engine]
+EngineFactory = Callable[[EngineOptions], Engine]
 ReferenceFactory = Callable[[Engine], TimedReference]
 
 
-def load_engine(options: RunOptions) -> Engine:
+def load_engine(options: EngineOptions) -> Engine:
     """The `LLM` these options ask for. Raises ModelError or ConfigError."""
     from isologit.llm import LLM
-    from isologit.workload import demo_model_path
 
-    speculative = None
-    if options.num_speculative_tokens:
-        speculative = {"num_speculative_tokens": options.num_speculative_tokens, "model": options.draft_model}
-    return LLM(
-        demo_model_path() if options.model is None else options.model,
-        tokenizer=options.tokenizer,
-        load_format=options.load_format,
-        qkv_layout=options.qkv_layout,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        enable_prefix_caching=options.enable_prefix_caching,
-        longest_first=options.order == "longest-first",
-        speculative_config=speculative,
-        num_threads=options.num_threads,
-        seed=options.seed,
-    )
+    return LLM(options=options)
 
 
 def load_reference(engine: Engine) -> TimedReference:

@@ -81,7 +81,7 @@ def build_result(found: Findings, certificate: Certificate, engine: Engine, fold
         "format_version": FORMAT_VERSION,
         "status": "complete",
         "mode": options.mode,
-        "seed": options.seed,
+        "seed": options.engine.seed,
         "started_at": found.segments[0].started_at,
         "output": str(folder),
         "totals": {
@@ -133,9 +133,9 @@ def inference_seconds(segments: Sequence[Segment]) -> float:
 
 def model_name(options: RunOptions) -> str:
     """What people call the model."""
-    if options.model is None:
+    if options.engine.model is None:
         return "built-in demo"
-    return Path(options.model).resolve().name if Path(options.model).exists() else options.model
+    return Path(options.engine.model).resolve().name if Path(options.engine.model).exists() else options.engine.model
 
 
 def dataset_name(options: RunOptions) -> str:

@@ -188,7 +188,7 @@ class _Job:
 
     def _load(self) -> Engine:
         with self._timed("load_s", "loading the model"):
-            engine = self._engine = self._engine_factory(self.options)
+            engine = self._engine = self._engine_factory(self.options.engine)
             engine.checkpoint.sha256()
         return engine
 
@@ -217,7 +217,7 @@ class _Job:
             reference,
             self.observer,
             size=self.options.baseline_requests,
-            seed=self.options.seed,
+            seed=self.options.engine.seed,
             main_inference_s=inference_s,
         )
 

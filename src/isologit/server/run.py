@@ -8,7 +8,6 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +19,7 @@ from isologit.llm import LLM
 from isologit.server.app import create_app
 from isologit.server.connections import LONGEST_STALL_S, Connection, close_stalled
 from isologit.server.metrics import ServerMetrics
+from isologit.server.options import ServerOptions
 from isologit.server.service import Limits, Service
 
 _CONTEST_NAMES = ("llama2", "internlm")  # paths the contest's clients post to
@@ -28,52 +28,6 @@ _POLL_S = 0.05
 _LONGEST_GOODBYE_S = 10  # for answers that are complete but not yet taken, when the server leaves
 _BACKLOG = 4096
 _SWITCH_S = 0.0005  # how long the threads of engine and network keep each other from Python's lock
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """What `isologit serve` can be told.
-
-    model: None is the built-in demo model. model_config: a config to use instead of the one beside the weights. port: 0
-    takes any free one.
-    """
-
-    model: str | None = None
-    model_config: Path | None = None
-    tokenizer: Path | None = None
-    load_format: str = "auto"
-    qkv_layout: str | None = None
-    served_model_name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8835
-    api_key: str | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    max_model_len: int | None = None
-    num_speculative_tokens: int = 0
-    draft_model: str | None = None
-    enable_prefix_caching: bool = True
-    num_threads: int | None = None
-    seed: int = 0
-    max_queue: int = 4096
-    max_body_bytes: int = 4 << 20
-    request_timeout_s: float | None = None
-    strict_contest: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for limits that no model could make sense of."""
-        for option, value in (("--max-queue", self.max_queue), ("--max-body-bytes", self.max_body_bytes)):
-            if value < 1:
-                raise ConfigError(f"{option} must be at least 1, not {value}")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ConfigError(
-                f"--max-model-len (in a contest YAML seq_length and max_generate_length) must be at least 2, not "
-                f"{self.max_model_len}"
-            )
-        if self.request_timeout_s is not None and not self.request_timeout_s > 0:
-            raise ConfigError(f"--request-timeout must be above 0, not {self.request_timeout_s}")
-        if self.api_key == "":
-            raise ConfigError("the API key is empty; give one, or leave it out")
 
 
 def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
@@ -106,29 +60,11 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
 
     Raises UserError for what the user must change, before anything is served.
     """
-    from isologit.workload import demo_model_path
-
     listener = bind(options.host, options.port)
-    name = options.served_model_name or (Path(options.model).name if options.model else "isologit-demo")
+    model = options.engine.model
+    name = options.served_model_name or ("isologit-demo" if model is None else Path(model).name)
     say("loading the model ...")
-    llm = LLM(
-        demo_model_path() if options.model is None else options.model,
-        config=options.model_config,
-        tokenizer=options.tokenizer,
-        load_format=options.load_format,
-        qkv_layout=options.qkv_layout,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        enable_prefix_caching=options.enable_prefix_caching,
-        speculative_config=(
-            {"num_speculative_tokens": options.num_speculative_tokens, "model": options.draft_model}
-            if options.num_speculative_tokens
-            else None
-        ),
-        num_threads=options.num_threads,
-        seed=options.seed,
-        logprobs_mode="raw_logits" if options.strict_contest else "raw_logprobs",
-    )
+    llm = LLM(options=options.engine, logprobs_mode="raw_logits" if options.strict_contest else "raw_logprobs")
     try:
         service = make_service(llm, options, name)
         say("warming up ...")
