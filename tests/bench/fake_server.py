@@ -6,21 +6,35 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from aiohttp import web
 
+PROMPT_TOKENS = 7  # by this server's count
 FAILURES = ("500", "drop", "cut", "truncate", "garbage", "in-band", "reason")
 
 
 class FakeServer:
     """Answers `max_new_tokens` words `w0 w1 ...`, one each `token_s` seconds, from a thread of its own."""
 
-    def __init__(self, *, token_s: float = 0.0, sse: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        token_s: float = 0.0,
+        sse: bool = False,
+        words_per_message: int = 1,
+        counts: bool = True,
+        models: Sequence[str] = ("fake",),
+        answer: Sequence[bytes] | None = None,
+    ) -> None:
         self.token_s = token_s
         self.sse = sse  # frame llm-serving's lines as standard server-sent events
+        self.words_per_message = words_per_message
+        self.counts = counts  # say how many tokens prompt and answer have
+        self.models = models
+        self.answer = answer  # instead of everything else, these bytes one after the other
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -63,7 +77,7 @@ class FakeServer:
         await self._runner.cleanup()
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "fake"}]})
+        return web.json_response({"data": [{"id": name} for name in self.models]})
 
     async def _llm_serving(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
@@ -72,10 +86,11 @@ class FakeServer:
             text = json.dumps({"event": "message", "retry": 30000, "data": [{"details": None, **inner}]})
             return f"data: {text}\r\n\r\n".encode() if self.sse else f"{text}\n".encode()
 
-        words = _words(body["parameters"]["max_new_tokens"])
+        words = self._words(body["parameters"]["max_new_tokens"])
         pieces = [line({"generated_text": word, "tokens": {"id": 5}, "top_tokens": [{"id": 5}]}) for word in words]
         reason = "predict_failed" if "fail:reason" in body["inputs"] else "length"
-        last = line({"generated_text": "".join(words), "finish_reason": reason, "generated_tokens": len(words)})
+        count = {"generated_tokens": self._count(body["parameters"]["max_new_tokens"])}
+        last = line({"generated_text": "".join(words), "finish_reason": reason, **count})
         error = line({"generated_text": "Error202: prompt out of range", "finish_reason": "prompt_out_of_range"})
         return await self._stream(request, body["inputs"], pieces, [last], error)
 
@@ -92,28 +107,39 @@ class FakeServer:
     async def _openai(
         self, request: web.Request, body: dict[str, Any], limit: int, prompt: str, choice: Any
     ) -> web.StreamResponse:
-        words = _words(limit)
-        pieces = [_sse({"choices": [{**choice(word), "finish_reason": None}]}) for word in words]
+        words = self._words(limit)
+        pieces = [sse({"choices": [{**choice(word), "finish_reason": None}]}) for word in words]
         reason = "abort" if "fail:reason" in prompt else "length"
-        end = [_sse({"choices": [{**choice(""), "finish_reason": reason}]})]
-        if body["stream_options"]["include_usage"]:
-            end.append(_sse({"choices": [], "usage": {"completion_tokens": len(words)}}))
-        error = _sse({"error": {"message": "broken"}})
+        end = [sse({"choices": [{**choice(""), "finish_reason": reason}]})]
+        if body["stream_options"]["include_usage"] and self.counts:
+            usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": limit}
+            end.append(sse({"choices": [], "usage": usage}))
+        error = sse({"error": {"message": "broken"}})
         return await self._stream(request, prompt, pieces, [*end, b"data: [DONE]\n\n"], error)
 
     async def _tgi(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
-        words = _words(body["parameters"]["max_new_tokens"])
+        words = self._words(body["parameters"]["max_new_tokens"])
 
         def event(word: str, **more: Any) -> bytes:
             token = {"id": 5, "text": word, "logprob": 0.0, "special": False}
-            return _sse({"index": 0, "token": token, "generated_text": None, "details": None, **more})
+            return sse({"index": 0, "token": token, "generated_text": None, "details": None, **more})
 
         reason = "error" if "fail:reason" in body["inputs"] else "length"
-        details = {"finish_reason": reason, "generated_tokens": len(words), "seed": None}
+        count = self._count(body["parameters"]["max_new_tokens"])
+        prompt = PROMPT_TOKENS if self.counts else None
+        details = {"finish_reason": reason, "generated_tokens": count, "input_length": prompt, "seed": None}
         last = event(words[-1], generated_text="".join(words), details=details)
-        error = _sse({"error": "broken", "error_type": "generation"})
+        error = sse({"error": "broken", "error_type": "generation"})
         return await self._stream(request, body["inputs"], [event(word) for word in words[:-1]], [last], error)
+
+    def _words(self, count: int) -> list[str]:
+        """What each message adds; together `count` words."""
+        words, each = [f"w{i} " for i in range(count)], self.words_per_message
+        return ["".join(words[start : start + each]) for start in range(0, count, each)]
+
+    def _count(self, count: int) -> int | None:
+        return count if self.counts else None
 
     async def _body(self, request: web.Request) -> dict[str, Any]:
         body: dict[str, Any] = await request.json()
@@ -133,6 +159,11 @@ class FakeServer:
             _disconnect(request)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if self.answer is not None:
+            for piece in self.answer:
+                await asyncio.sleep(self.token_s)
+                await response.write(piece)
+            return response
         for piece in pieces:
             await asyncio.sleep(self.token_s)
             await response.write(piece)
@@ -160,11 +191,7 @@ def fake_server(**options: Any) -> Iterator[FakeServer]:
         server.stop()
 
 
-def _words(count: int) -> list[str]:
-    return [f"w{i} " for i in range(count)]
-
-
-def _sse(value: dict[str, Any]) -> bytes:
+def sse(value: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(value)}\n\n".encode()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from isologit.bench.dialects import DIALECTS, LoadRequest
-from isologit.bench.load import LoadPlan, LoadRun, RequestRecord
+from isologit.bench.records import LoadPlan, LoadRun, RequestRecord
 
 
 def record(name: str = "0", **fields: Any) -> RequestRecord:

@@ -55,7 +55,7 @@ def test_all_answered_on_time_is_exit_code_0(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["openai", "openai-chat", "tgi"])
 def test_result_has_vllms_keys_and_what_they_lack(tmp_path: Path, backend: str) -> None:
-    with fake_server(token_s=0.001) as server:
+    with fake_server(token_s=0.001, words_per_message=2) as server:
         done = _serve(
             server, "--backend", backend, "--num-prompts", "5", "--request-rate", "100", "--ignore-eos",
             "--save-detailed", "--result-dir", str(tmp_path), "--goodput", "ttft:5000", "--api-key", "hidden",
@@ -75,7 +75,11 @@ def test_result_has_vllms_keys_and_what_they_lack(tmp_path: Path, backend: str) 
     assert {len(found[key]) for key in lists.split()} == {5}
     assert found["statuses"] == ["completed"] * 5
     assert found["output_lens"] != [len(gaps) + 1 for gaps in found["itls"]]  # not counted by chunks
-    assert found["reported_output_tokens"] == sum(body_limit(body) for body in server.bodies[1:])
+    assert (
+        found["reported_output_tokens"]
+        == found["total_output_tokens"]
+        == sum(body_limit(body) for body in server.bodies[1:])
+    )
     assert set(found["hashes"]) == {"requests", "options", "arrivals", "texts"}
     assert found["environment"]["versions"]["aiohttp"]
     assert found["model_id"] == ("llama2" if backend == "tgi" else "fake")
@@ -136,6 +140,84 @@ def test_what_the_user_must_change_is_exit_code_2() -> None:
     assert wrong_path.exit_code == 2
     assert "warm-up request failed: HTTP 404" in wrong_path.output
     assert _serve(server, "--num-prompts", "1").exit_code == 2  # nobody listens any more
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat", "tgi", "llm-serving"])
+@pytest.mark.parametrize("counts", [True, False])
+def test_another_servers_tokens_are_not_counted_by_the_demo_models_tokenizer(
+    tmp_path: Path, backend: str, counts: bool
+) -> None:
+    with fake_server(words_per_message=2, counts=counts) as server:
+        done = _serve(
+            server, "--backend", backend, "--num-prompts", "3", "--save-detailed", "--result-dir", str(tmp_path)
+        )
+    assert done.exit_code in (0, 1), done.output
+    found = _only_json(tmp_path)
+    assert found["tokenizer_id"] is None
+    if counts:
+        assert found["output_lens"] == [body_limit(body) for body in server.bodies[1:]]
+        assert found["output_tokens_counted_by"] == "the server"
+        assert found["input_lens"] == [None if backend == "llm-serving" else 7] * 3
+        assert "counted by the server" in done.output
+    else:
+        assert found["output_lens"] == [None] * 3
+        assert found["output_tokens_counted_by"] is None
+        tokens = "total_output_tokens output_throughput total_token_throughput mean_tpot_ms p99_tpot_ms"
+        assert [found[key] for key in tokens.split()] == [None] * 5
+        assert found["mean_ttft_ms"] > 0
+        assert "--tokenizer" in done.output
+
+
+def test_the_demo_models_tokenizer_counts_for_a_server_of_the_demo_model(tmp_path: Path) -> None:
+    with fake_server(models=["isologit-demo", "llama2"], counts=False) as server:
+        _serve(server, "--num-prompts", "3", "--save-detailed", "--result-dir", str(tmp_path))
+    found = _only_json(tmp_path)
+    assert found["tokenizer_id"] == "built-in demo"
+    assert found["output_tokens_counted_by"] == "the tokenizer of built-in demo"
+    assert all(count > 0 for count in found["output_lens"] + found["input_lens"])
+
+
+def test_an_address_that_ends_in_v1_is_the_same_server(tmp_path: Path) -> None:
+    with fake_server() as server:
+        for url in (f"{server.url}/v1", f"{server.url}/v1/"):
+            done = _run("serve", "--backend", "openai", "--base-url", url, "--num-prompts", "2")
+            assert done.exit_code in (0, 1), done.output
+    assert set(server.paths) == {"/v1/completions"}
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat", "tgi", "llm-serving"])
+def test_where_nobody_listens_the_advice_is_about_the_address(backend: str) -> None:
+    with fake_server() as server:
+        url = server.url
+    gone = _run("serve", "--backend", backend, "--base-url", f"{url}/v1", "--num-prompts", "1")
+    assert gone.exit_code == 2
+    assert f"nobody answers at {url}; start the server there" in gone.output
+    assert "--served-model-name" not in gone.output
+    unknown = _run("serve", "--backend", backend, "--base-url", "http://no-such-host.invalid/v1", "--num-prompts", "1")
+    assert unknown.exit_code == 2
+    assert "no host of that name" in unknown.output
+    assert "isologit serve" not in unknown.output
+
+
+def test_a_file_that_cannot_be_written_does_not_hide_the_figures(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with fake_server() as server:
+        done = _serve(server, "--num-prompts", "2", "--save-result", "--result-dir", str(tmp_path / "file"))
+    assert done.exit_code == 2
+    assert "cannot be written" in done.output
+    assert "2 of 2 completed" in done.output
+
+
+def test_a_request_past_its_time_makes_the_run_invalid(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("one\ntwo\n")
+    with fake_server(token_s=0.05) as server:
+        done = _serve(
+            server, "--dataset-path", str(prompts), "--max-new-tokens", "50", "--num-warmups", "0",
+            "--request-timeout", "0.5",
+        )  # fmt: skip
+    assert done.exit_code == 1, done.output
+    assert "not answered whole within 0.5 s" in done.output
 
 
 def test_a_trace_is_replayed_at_its_own_rate(tmp_path: Path) -> None:

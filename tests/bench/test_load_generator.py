@@ -12,7 +12,8 @@ from tests.bench.fake_server import FAILURES, FakeServer, fake_server
 
 from isologit.bench.contest import contest_line
 from isologit.bench.dialects import DIALECTS, LoadRequest
-from isologit.bench.load import LoadPlan, LoadRun, ServerError, run_load
+from isologit.bench.load import ServerError, run_load
+from isologit.bench.records import LoadPlan, LoadRun
 from isologit.bench.verdict import judge
 
 BACKENDS = sorted(DIALECTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.bench.records import load_run, record
 
-from isologit.bench.metrics import measure, output_lengths
+from isologit.bench.metrics import counted_by, input_length, measure, output_lengths
 
 
 class Words:
@@ -40,12 +40,18 @@ def test_waiting_on_this_side_counts_as_latency() -> None:
     assert figures["mean_ttft_ms_from_send"] == pytest.approx(0)
 
 
-def test_tokens_are_counted_by_the_tokenizer_not_by_chunks() -> None:
+def test_tokens_are_counted_by_the_server_then_by_a_tokenizer_and_never_by_chunks() -> None:
     one = record(text="a b c d e f", token_times_s=[2.0, 3.0], reported_tokens=5)
-    assert output_lengths([one], Words()) == [6]
+    assert output_lengths([one], Words()) == [5]
     assert output_lengths([one], None) == [5]
-    unknown = record(reported_tokens=None)
+    assert counted_by([one], "m") == "the server"
+    unknown = record(reported_tokens=None, text="a b c d e f")
+    assert output_lengths([unknown], Words()) == [6]
+    assert counted_by([unknown], "m") == "the tokenizer of m"
+    assert counted_by([one, unknown], "m") == "the server and the tokenizer of m"
     assert output_lengths([unknown], None) == [None]
+    assert counted_by([unknown], None) is None
+    assert counted_by([record(status="failed")], "m") is None
     figures = measure(load_run([unknown]), [None])
     assert figures["total_output_tokens"] is None
     assert figures["output_throughput"] is None
@@ -76,6 +82,21 @@ def test_goodput_needs_every_limit_to_hold() -> None:
     assert measure(run, [3, 3], goodput={"e2el": 2000})["request_goodput"] == pytest.approx(2 / 3)
     assert measure(run, [3, 3], goodput={"ttft": 1000, "tpot": 499})["request_goodput"] == 0
     assert measure(run, [3, 3])["request_goodput"] is None
+    assert measure(run, [3, None], goodput={"tpot": 1000})["request_goodput"] is None  # one is not known
+    assert measure(run, [3, None], goodput={"ttft": 1000})["request_goodput"] == pytest.approx(1 / 3)
+    assert measure(run, [3, 1], goodput={"tpot": 1000})["request_goodput"] == pytest.approx(2 / 3)
+
+
+def test_prompt_tokens_are_the_servers_count_where_it_has_one() -> None:
+    assert input_length(record()) == 4
+    assert input_length(record(reported_prompt_tokens=9)) == 9
+    assert measure(load_run([record(reported_prompt_tokens=9)]), [3])["total_input_tokens"] == 9
+
+
+def test_an_answer_in_one_message_has_no_time_per_token() -> None:
+    figures = measure(load_run([record(token_times_s=[3.0])]), [128])
+    assert figures["mean_tpot_ms"] is None
+    assert figures["total_output_tokens"] == 128
 
 
 def test_only_the_metrics_and_percentiles_asked_for() -> None:

@@ -36,6 +36,8 @@ from isologit.errors import ConfigError
         ({"goodput": {"ttft": 0.0}}, "--goodput takes"),
         ({"goodput": {"ttft": math.inf}}, "--goodput takes"),
         ({"test_time": math.nan, "request_rate": 1.0}, "--test-time must be"),
+        ({"request_timeout": 0.0}, "--request-timeout must be"),
+        ({"request_timeout": math.inf}, "--request-timeout must be"),
         ({"port": 99999}, "--port must lie"),
         ({"base_url": "http://here:port"}, "is not one"),
         ({"base_url": "ftp://here"}, "is not one"),
@@ -59,6 +61,8 @@ def test_the_contests_way_of_saying_how_many() -> None:
         ({"host": "::1", "port": 9}, "http://[::1]:9"),
         ({"base_url": "https://somewhere:1/"}, "https://somewhere:1"),
         ({"base_url": "somewhere:1"}, "http://somewhere:1"),
+        ({"base_url": "http://somewhere:1/v1/"}, "http://somewhere:1"),
+        ({"base_url": "http://gateway/llm"}, "http://gateway/llm"),
     ],
 )
 def test_server_url(given: dict[str, Any], url: str) -> None:

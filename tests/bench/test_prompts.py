@@ -14,7 +14,7 @@ from isologit.workload import builtin_requests, demo_model_path
 
 
 def test_default_is_the_main_jobs_prompts() -> None:
-    tokenizer, name = find_tokenizer(None, None)
+    tokenizer, name = find_tokenizer(None, None, ["isologit-demo", "llama2"])
     assert name == DEMO
     assert tokenizer is not None
     requests = timed_requests(ServingOptions(num_prompts=30), tokenizer)
@@ -71,6 +71,8 @@ def test_warmup_prompts_are_not_timed() -> None:
 
 def test_tokens_of_a_model_known_by_name_are_not_guessed(tmp_path: Path) -> None:
     assert find_tokenizer(None, "some/model") == (None, None)
+    assert find_tokenizer(None, None, ["some/model", "llama2"]) == (None, None)
+    assert find_tokenizer(None, None) == (None, None)
     assert find_tokenizer(None, str(demo_model_path()))[1] == str(demo_model_path())
     with pytest.raises(ModelError, match="holds no tokenizer"):
         find_tokenizer(tmp_path, None)

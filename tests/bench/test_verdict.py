@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from tests.bench.records import load_run, record
 
-from isologit.bench.load import LoadRun
+from isologit.bench.records import LoadRun
 from isologit.bench.verdict import judge, measure_lag
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from isologit.bench.load import LoadRun
+from isologit.bench.records import LoadRun
 from isologit.common.files import write_json
 
 

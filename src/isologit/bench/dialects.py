@@ -12,7 +12,10 @@ from typing import Any
 from isologit.bench.streams import Message
 
 # NOTE: any other reason fails the request. Servers report errors as reasons of their own behind a status of 200.
-_GOOD_REASONS = frozenset({"stop", "length", "eos", "eos_token", "stop_sequence"})
+ENDED_AT_THE_LIMIT = "length"
+_GOOD_REASONS = frozenset(
+    {ENDED_AT_THE_LIMIT, "stop", "eos", "eos_token", "stop_sequence", "tool_calls", "function_call"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,13 @@ class Dialect:
 
     endpoint: path with `{model}` where the model's name belongs. body: JSON body of `(request, model, ignore_eos)`.
     read: message of one streamed JSON value; raises ValueError, TypeError or a LookupError when it is no such value.
+    events_only: streams are server-sent events, and never bare lines of JSON.
     """
 
     endpoint: str
     body: Callable[[LoadRequest, str, bool], dict[str, Any]]
     read: Callable[[Any], Message]
+    events_only: bool = True
     takes_token_ids: bool = False
     can_ignore_eos: bool = True
 
@@ -53,10 +58,16 @@ def _llm_serving_body(request: LoadRequest, model: str, ignore_eos: bool) -> dic
 def _read_llm_serving(value: Any) -> Message:
     data = value.get("data", value)
     inner = data[0] if isinstance(data, list) else data
-    text = _text(inner["generated_text"])
-    if "finish_reason" not in inner:
-        return Message(text=text, is_token=True)
-    return _final(text, inner["finish_reason"], inner.get("generated_tokens"), error_text=text)
+    text, reason = _text(inner["generated_text"]), _reason(inner.get("finish_reason"))
+    if reason is None:
+        return Message(text=text, is_token=inner["generated_text"] is not None)
+    return Message(
+        final=True,
+        finish_reason=reason,
+        full_text=text,
+        num_tokens=_count(inner.get("generated_tokens")),
+        error=_bad_reason(reason, text),
+    )
 
 
 def _completions_body(request: LoadRequest, model: str, ignore_eos: bool) -> dict[str, Any]:
@@ -79,28 +90,39 @@ def _openai_body(model: str, ignore_eos: bool) -> dict[str, Any]:
 
 
 def _read_completions(value: Any) -> Message:
-    return _read_openai(value, lambda choice: choice["text"])
+    return _read_openai(value, lambda choice: _text(choice["text"]))
 
 
 def _read_chat(value: Any) -> Message:
-    return _read_openai(value, lambda choice: choice["delta"].get("content") or "")
+    return _read_openai(value, lambda choice: _generated(choice["delta"] or {}))
 
 
-def _read_openai(value: Any, text_of: Callable[[Any], Any]) -> Message:
-    if "error" in value:
+def _generated(delta: Mapping[str, Any]) -> str:
+    """Everything the model wrote: its reasoning, its answer, its refusal and its calls of tools.
+
+    Servers in transit between two names send reasoning under both, so it counts once.
+    """
+    calls = [call.get("function") or {} for call in delta.get("tool_calls") or []]
+    calls.append(delta.get("function_call") or {})
+    written = [delta.get("reasoning") or delta.get("reasoning_content"), delta.get("content"), delta.get("refusal")]
+    written += [call.get(name) for call in calls for name in ("name", "arguments")]
+    return "".join(map(_text, written))
+
+
+def _read_openai(value: Any, text_of: Callable[[Any], str]) -> Message:
+    if value.get("error"):
         return Message(error=_error(value["error"]))
-    usage = value.get("usage")
-    num_tokens = _count(usage["completion_tokens"]) if usage else None
-    if not value["choices"]:
-        return Message(num_tokens=num_tokens)
-    choice = value["choices"][0]
-    text, reason = _text(text_of(choice)), choice.get("finish_reason")
+    usage, choices = value.get("usage") or {}, value["choices"] or []
+    text = "".join(text_of(choice) for choice in choices)
+    reasons = [reason for choice in choices if (reason := _reason(choice.get("finish_reason"))) is not None]
+    reason = reasons[-1] if reasons else None
     return Message(
         text=text,
         is_token=bool(text),
         final=reason is not None,
         finish_reason=reason,
-        num_tokens=num_tokens,
+        num_tokens=_count(usage.get("completion_tokens")),
+        num_prompt_tokens=_count(usage.get("prompt_tokens")),
         error=_bad_reason(reason, ""),
     )
 
@@ -113,33 +135,19 @@ def _tgi_body(request: LoadRequest, model: str, ignore_eos: bool) -> dict[str, A
 
 
 def _read_tgi(value: Any) -> Message:
-    if "error" in value:
+    if value.get("error"):
         return Message(error=_error(value["error"]))
-    token = value["token"]
-    text = "" if token.get("special") else _text(token["text"])
-    full_text = value.get("generated_text")
-    if full_text is None:
-        return Message(text=text, is_token=True)
-    details = value.get("details") or {}
-    final = _final(_text(full_text), details.get("finish_reason"), details.get("generated_tokens"), error_text="")
+    token, full_text, details = value["token"], value.get("generated_text"), value.get("details") or {}
+    reason = _reason(details.get("finish_reason"))
     return Message(
-        text=text,
-        is_token=True,
-        final=True,
-        finish_reason=final.finish_reason,
-        full_text=final.full_text,
-        num_tokens=final.num_tokens,
-        error=final.error,
-    )
-
-
-def _final(full_text: str, reason: str | None, num_tokens: Any, *, error_text: str) -> Message:
-    return Message(
-        final=True,
+        text="" if token is None or token.get("special") else _text(token["text"]),
+        is_token=token is not None,
+        final=full_text is not None,
         finish_reason=reason,
-        full_text=full_text,
-        num_tokens=_count(num_tokens),
-        error=_bad_reason(reason, error_text),
+        full_text=None if full_text is None else _text(full_text),
+        num_tokens=_count(details.get("generated_tokens")),
+        num_prompt_tokens=_count(details.get("input_length")),
+        error=_bad_reason(reason, ""),
     )
 
 
@@ -161,14 +169,27 @@ def _count(value: Any) -> int | None:
 
 
 def _text(value: Any) -> str:
+    """Null is a server's way of saying that there is none."""
+    if value is None:
+        return ""
     if not isinstance(value, str):
         raise TypeError("not text")
     return value
 
 
+def _reason(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError("not a reason")
+    return value
+
+
 DIALECTS: Mapping[str, Dialect] = {
     "llm-serving": Dialect(
-        "/models/{model}/generate_stream", _llm_serving_body, _read_llm_serving, can_ignore_eos=False
+        "/models/{model}/generate_stream",
+        _llm_serving_body,
+        _read_llm_serving,
+        events_only=False,
+        can_ignore_eos=False,
     ),
     "openai": Dialect("/v1/completions", _completions_body, _read_completions, takes_token_ids=True),
     "openai-chat": Dialect("/v1/chat/completions", _chat_body, _read_chat),

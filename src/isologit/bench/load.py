@@ -10,16 +10,16 @@ import contextlib
 import errno
 import json
 import resource
+import signal
+import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 import aiohttp
 
-from isologit.bench.arrivals import Seconds
-from isologit.bench.dialects import Dialect, LoadRequest
+from isologit.bench.answers import problem_with
+from isologit.bench.records import LoadPlan, LoadRun, RequestRecord
 from isologit.bench.streams import Message, MessageStream
 from isologit.errors import UserError
 
@@ -29,87 +29,55 @@ _PROBE_S = 5.0
 _SLEEP_STEP_S = 0.001
 _SPARE_FILES = 128  # descriptors for everything that is not a connection
 _SHOWN = 300
+_PORTS = {"http": 80, "https": 443}
+_THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 
-Status = Literal["pending", "completed", "failed", "unsent"]
-_CUT_OFF = "the connection was cut off when the server was found to be gone"
-_UNSENT = "never sent, for the server was gone"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SERVER_GONE = "the server was found to be gone"
+_INTERRUPTED = "the run was interrupted"
 
 
 class ServerError(UserError):
     """The server cannot be measured: nobody answers, or it refuses the warm-up."""
 
 
-@dataclass(frozen=True)
-class LoadPlan:
-    """What to send where and when.
-
-    url: where requests are posted. arrival_s: ascending seconds [n] after the start. `max_concurrency` holds requests
-    back on this side while that many are being answered; None is an open loop.
-    """
-
-    url: str
-    dialect: Dialect
-    model: str
-    requests: Sequence[LoadRequest]
-    arrival_s: Seconds
-    max_concurrency: int | None = None
-    ignore_eos: bool = False
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class RequestRecord:
-    """What became of one request; times are seconds since the first scheduled time, None for what never happened.
-
-    scheduled_s: when it was due. dispatched_s: when this program got to it. sent_s: when it was sent, later than that
-    only under `max_concurrency`. token_times_s: arrival of every message that carried a token. finished_s: end of the
-    answer, or of the failure.
-    """
-
-    request: LoadRequest
-    scheduled_s: float
-    dispatched_s: float | None = None
-    sent_s: float | None = None
-    token_times_s: list[float] = field(default_factory=list)
-    finished_s: float | None = None
-    status: Status = "pending"
-    text: str = ""
-    finish_reason: str | None = None
-    reported_tokens: int | None = None
-    error: str | None = None
-
-    @property
-    def first_token_s(self) -> float | None:
-        """When the answer began; an answer without any token begins at its end."""
-        return self.token_times_s[0] if self.token_times_s else self.finished_s
-
-
-@dataclass(frozen=True)
-class LoadRun:
-    """Every request of the plan with what became of it, in the plan's order.
-
-    duration_s: from the first scheduled time to the last answer. started_at: seconds since the epoch.
-    """
-
-    plan: LoadPlan
-    records: list[RequestRecord]
-    started_at: float
-    duration_s: float
-    server_gone: bool
-
-
 def run_load(plan: LoadPlan, on_finished: Callable[[RequestRecord], object] | None = None) -> LoadRun:
     """Send all requests and wait for all answers; `on_finished` is told of each as it ends.
 
     A request that fails does not stop the others, unless nobody listens at the server's address any more: then all that
-    are left fail at once. Raises ServerError when nobody listens there to begin with.
+    are left fail at once. A signal (Ctrl-C, SIGTERM, SIGHUP) ends the run early in the same way, and what was there by
+    then is returned. Raises ServerError when nobody listens there to begin with.
     """
     _allow_connections(len(plan.requests))
     return asyncio.run(_Generator(plan, on_finished or (lambda record: None)).run())
 
 
+async def nobody_answers(url: str) -> str | None:
+    """Why no connection can be made to the address of a URL, as one line with the way out; None when one can."""
+    parts = urlsplit(url)
+    address = f"{parts.scheme}://{parts.netloc}"
+    try:
+        async with asyncio.timeout(_PROBE_S):
+            _, writer = await asyncio.open_connection(parts.hostname, parts.port or _PORTS[parts.scheme])
+    except socket.gaierror:
+        return f"{address}: there is no host of that name; check --base-url or --host"
+    except TimeoutError:
+        return f"{address}: no connection within {_PROBE_S:g} s; check --base-url, or --host and --port, and firewalls"
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # those say that we are out of connections
+            return None
+        ours = f", say with: isologit serve --port {parts.port}" if parts.hostname in _THIS_MACHINE else ""
+        return f"nobody answers at {address}; start the server there{ours}, or check --base-url, or --host and --port"
+    writer.close()
+    return None
+
+
 class _ServerGone(Exception):
     """Nobody listens at the server's address any more."""
+
+
+class _TimedOut(Exception):
+    """The request took longer than it may."""
 
 
 class _RequestFailed(Exception):
@@ -129,13 +97,11 @@ class _Generator:
         limit = plan.max_concurrency
         self._slots = contextlib.nullcontext() if limit is None else asyncio.Semaphore(limit)
         self._zero = 0.0
+        self._interrupted = False
 
     async def run(self) -> LoadRun:
-        if await self._server_is_gone():
-            parts = urlsplit(self._plan.url)
-            raise ServerError(
-                f"nobody answers at {parts.scheme}://{parts.netloc}; start the server first, say with: isologit serve"
-            )
+        if why := await nobody_answers(self._plan.url):
+            raise ServerError(why)
         gone = False
         timeout = aiohttp.ClientTimeout(total=_LONGEST_ANSWER_S, sock_connect=_CONNECT_S)
         # NOTE: a connection for every request. A kept one may be closed by the server in the moment it is used again,
@@ -146,41 +112,85 @@ class _Generator:
             started_at = time.time()
             self._zero = time.perf_counter()
             try:
-                async with asyncio.TaskGroup() as group:
-                    for record, body in zip(self._records, self._bodies, strict=True):
-                        await self._until(record.scheduled_s)
-                        group.create_task(self._send(session, record, body))
+                with self._ended_by_signals():
+                    await self._send_all(session)
             except* _ServerGone:
                 gone = True
         for record in self._records:
-            if gone and record.status == "pending":
-                record.status, record.error = "unsent", _UNSENT
+            if record.status == "pending" and (gone or self._interrupted):
+                record.status = "unsent"
+                record.error = f"never sent, for {_INTERRUPTED if self._interrupted else _SERVER_GONE}"
         ends = [record.finished_s for record in self._records if record.finished_s is not None]
-        return LoadRun(self._plan, self._records, started_at, max(ends, default=0.0), gone)
+        duration_s = max(ends, default=0.0)
+        return LoadRun(self._plan, self._records, started_at, duration_s, gone, interrupted=self._interrupted)
+
+    async def _send_all(self, session: aiohttp.ClientSession) -> None:
+        async with asyncio.TaskGroup() as group:
+            for record, body in zip(self._records, self._bodies, strict=True):
+                await self._until(record.scheduled_s)
+                group.create_task(self._send(session, record, body))
+
+    @contextlib.contextmanager
+    def _ended_by_signals(self) -> Iterator[None]:
+        """The first signal cancels the block, which then ends as if it were done; a second one changes nothing."""
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+
+        def interrupt() -> None:
+            if not self._interrupted:
+                self._interrupted = True
+                task.cancel()
+
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread, where signals do not arrive
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, interrupt)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._interrupted:
+                raise
+            task.uncancel()
+        finally:
+            for number in _SIGNALS:
+                if loop.remove_signal_handler(number):
+                    signal.signal(number, before[number])
 
     async def _send(self, session: aiohttp.ClientSession, record: RequestRecord, body: bytes) -> None:
         record.dispatched_s = self._now()
         try:
             async with self._slots:
                 record.sent_s = self._now()
-                await self._exchange(session, record, body)
+                await self._exchange_in_time(session, record, body)
             record.status = "completed"
         except asyncio.CancelledError:
             if record.sent_s is not None:
-                self._fail(record, _CUT_OFF)
+                self._fail(record, f"cut off when {_INTERRUPTED if self._interrupted else _SERVER_GONE}")
             raise
         except _RequestFailed as error:
             self._fail(record, str(error))
+        except _TimedOut:
+            self._fail(record, f"not answered whole within {self._plan.request_timeout_s:g} s (--request-timeout)")
         except (aiohttp.ClientError, OSError) as error:
             self._fail(record, f"{type(error).__name__}: {_one_line(str(error)) or 'the connection broke'}")
-            if await self._server_is_gone():
+            if await nobody_answers(self._plan.url):
                 raise _ServerGone from error
         finally:
             self._on_finished(record)
 
+    async def _exchange_in_time(self, session: aiohttp.ClientSession, record: RequestRecord, body: bytes) -> None:
+        """Raises _TimedOut past the time one request may take; other time-outs, of connecting say, pass through."""
+        try:
+            async with asyncio.timeout(self._plan.request_timeout_s) as limit:
+                await self._exchange(session, record, body)
+        except TimeoutError as error:
+            if limit.expired():
+                raise _TimedOut from error
+            raise
+
     async def _exchange(self, session: aiohttp.ClientSession, record: RequestRecord, body: bytes) -> None:
         """Post and read until the end of the answer. Raises _RequestFailed when it is none."""
-        stream = MessageStream(self._plan.dialect.read)
+        stream = MessageStream(self._plan.dialect.read, events_only=self._plan.dialect.events_only)
         complete = False
         async with session.post(self._plan.url, data=body) as response:
             if response.status != 200:
@@ -188,26 +198,20 @@ class _Generator:
                 raise _RequestFailed(f"HTTP {response.status}: {said}")
             async for chunk in response.content.iter_any():
                 complete |= _take(record, stream.feed(chunk), self._now())
+                if stream.ended:
+                    break
             complete |= _take(record, stream.finish(), self._now())
         record.finished_s = self._now()
+        if record.reported_tokens == 0 and record.token_times_s:
+            record.reported_tokens = None  # a count that was never made
         if not complete:
             raise _RequestFailed("the answer broke off before its last message")
+        if problem := problem_with(record, ignore_eos=self._plan.ignore_eos):
+            raise _RequestFailed(problem)
 
     def _fail(self, record: RequestRecord, error: str) -> None:
         record.status, record.error = "failed", error
         record.finished_s = self._now()
-
-    async def _server_is_gone(self) -> bool:
-        """Whether nobody accepts connections at the server's address."""
-        parts = urlsplit(self._plan.url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        try:
-            async with asyncio.timeout(_PROBE_S):
-                _, writer = await asyncio.open_connection(parts.hostname, port)
-        except OSError as error:
-            return error.errno not in (errno.EMFILE, errno.ENFILE)  # those say that we are out of connections
-        writer.close()
-        return False
 
     async def _until(self, due_s: float) -> None:
         # NOTE: asyncio sleeps whole milliseconds, rounded up. Beside fast answers that is much, so the rest is polled.
@@ -234,6 +238,8 @@ def _take(record: RequestRecord, messages: Sequence[Message], now_s: float) -> b
         record.finish_reason = message.finish_reason or record.finish_reason
         if message.num_tokens is not None:
             record.reported_tokens = message.num_tokens
+        if message.num_prompt_tokens is not None:
+            record.reported_prompt_tokens = message.num_prompt_tokens
         if message.error is not None:
             raise _RequestFailed(_one_line(message.error))
         complete |= message.final

@@ -1,7 +1,7 @@
 """Figures of a load run, under the names and by the definitions of `vllm bench serve`. Knows no file.
 
 Differences, all against flattery: times count from the moment a request was due (`*_from_send` has vLLM's way), tokens
-are counted by a tokenizer or by the server and never by chunks, and what was not measured is None instead of 0.
+are counted by the server or by a tokenizer and never by chunks, and what was not measured is None instead of 0.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from isologit.bench.load import LoadRun, RequestRecord
 from isologit.bench.options import METRICS, Metric
+from isologit.bench.records import LoadRun, RequestRecord
 
 
 class TokenCounter(Protocol):
@@ -28,7 +28,7 @@ class Measured:
     """One completed request in milliseconds, counted from its scheduled or its send time.
 
     ttft: to the first token. e2el: to the end of the answer. tpot: (e2el - ttft) / (output tokens - 1), None with one
-    token or an unknown number. itl: gaps between messages that carried tokens.
+    token, an unknown number, or all of them in one message. itl: gaps between messages that carried tokens.
     """
 
     ttft: float
@@ -38,14 +38,35 @@ class Measured:
 
 
 def output_lengths(records: Sequence[RequestRecord], tokenizer: TokenCounter | None) -> list[int | None]:
-    """Output tokens of each record: by the tokenizer, else by the server's own count, else None; 0 when it failed."""
+    """Output tokens of each record: by the server's own count, else by the tokenizer, else None; 0 when it failed.
+
+    NOTE: only the server knows; a text is not always cut again into the tokens it was made of.
+    """
 
     def length(record: RequestRecord) -> int | None:
         if record.status != "completed":
             return 0
-        return record.reported_tokens if tokenizer is None else len(tokenizer.encode_without_bos(record.text))
+        if record.reported_tokens is not None or tokenizer is None:
+            return record.reported_tokens
+        return len(tokenizer.encode_without_bos(record.text))
 
     return [length(record) for record in records]
+
+
+def input_length(record: RequestRecord) -> int | None:
+    """Prompt tokens: by the server's own count, which knows its chat template, else by the tokenizer, else None."""
+    return record.request.prompt_len if record.reported_prompt_tokens is None else record.reported_prompt_tokens
+
+
+def counted_by(records: Sequence[RequestRecord], tokenizer_name: str | None) -> str | None:
+    """Who counted the output tokens of completed records, in words; None when somebody did not."""
+    missing = [record.reported_tokens is None for record in records if record.status == "completed"]
+    if not any(missing):
+        return "the server" if missing else None
+    if tokenizer_name is None:
+        return None
+    by_tokenizer = f"the tokenizer of {tokenizer_name}"
+    return by_tokenizer if all(missing) else f"the server and {by_tokenizer}"
 
 
 def measured(record: RequestRecord, num_tokens: int | None, *, from_send: bool = False) -> Measured:
@@ -55,8 +76,9 @@ def measured(record: RequestRecord, num_tokens: int | None, *, from_send: bool =
     assert record.first_token_s is not None
     assert record.finished_s is not None
     ttft, e2el = 1000 * (record.first_token_s - zero), 1000 * (record.finished_s - zero)
-    tpot = (e2el - ttft) / (num_tokens - 1) if num_tokens is not None and num_tokens > 1 else None
-    return Measured(ttft, e2el, tpot, (1000 * np.diff(record.token_times_s)).tolist())
+    gaps = np.diff(record.token_times_s)
+    tpot = (e2el - ttft) / (num_tokens - 1) if num_tokens is not None and num_tokens > 1 and len(gaps) else None
+    return Measured(ttft, e2el, tpot, (1000 * gaps).tolist())
 
 
 def measure(
@@ -69,14 +91,14 @@ def measure(
 ) -> dict[str, Any]:
     """vLLM's flat keys. `lengths` are output tokens [n]; `goodput` maps ttft, tpot or e2el to the milliseconds allowed.
 
-    A request without a known time per token counts as within any, as in vLLM.
+    An answer of one token has no time per token and counts as within any, as in vLLM.
     """
     completed = [(r, n) for r, n in zip(run.records, lengths, strict=True) if r.status == "completed"]
     seconds = run.duration_s
-    inputs = _total([record.request.prompt_len for record, _ in completed])
+    inputs = _total([input_length(record) for record, _ in completed])
     outputs = _total([length for _, length in completed])
     found = [measured(record, length) for record, length in completed]
-    good = None if not goodput else sum(_is_good(one, goodput) for one in found)
+    good = _goodput(found, [length for _, length in completed], goodput or {})
     figures: dict[str, Any] = {
         "duration": seconds,
         "issued": len(run.records),
@@ -111,6 +133,14 @@ def _spread(name: str, values: Sequence[float], percentiles: Sequence[float]) ->
     array = np.array(values)
     figures = [array.mean(), np.median(array), array.std(), *np.percentile(array, percentiles)]
     return {key: float(figure) for key, figure in zip(keys, figures, strict=True)}
+
+
+def _goodput(found: Sequence[Measured], lengths: Sequence[int | None], limits: Mapping[str, float]) -> int | None:
+    """Requests within the limits; None without limits, or when a time that is limited is not known."""
+    unknown = any(one.tpot is None and (n is None or n > 1) for one, n in zip(found, lengths, strict=True))
+    if not limits or ("tpot" in limits and unknown):
+        return None
+    return sum(_is_good(one, limits) for one in found)
 
 
 def _is_good(one: Measured, limits: Mapping[str, float]) -> bool:

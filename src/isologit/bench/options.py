@@ -27,7 +27,8 @@ class ServingOptions:
     """Everything `isologit bench serve` can be told; names as in vLLM. Raises ConfigError for what means nothing.
 
     `num_prompts` None takes all of a file, or 1500 built-in prompts; `test_time` seconds at `request_rate` is another
-    way to say it. `goodput` maps ttft, tpot or e2el to milliseconds. `seed` is of arrivals and of built-in prompts.
+    way to say it. `request_timeout`: seconds one request may take once it is sent. `goodput` maps ttft, tpot or e2el to
+    milliseconds. `seed` is of arrivals and of built-in prompts.
     """
 
     backend: Backend = "llm-serving"
@@ -51,6 +52,7 @@ class ServingOptions:
     seed: int = 0
     num_warmups: int = 1
     ignore_eos: bool = False
+    request_timeout: float | None = None
     percentile_metrics: tuple[Metric, ...] = METRICS
     metric_percentiles: tuple[float, ...] = (50.0, 90.0, 95.0, 99.0)
     goodput: Mapping[str, float] = field(default_factory=dict)
@@ -61,6 +63,8 @@ class ServingOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{_option(name)} must be at least {least}, not {value}")
+        if self.request_timeout is not None and not 0 < self.request_timeout < math.inf:
+            raise ConfigError(f"--request-timeout must be a number of seconds above 0, not {self.request_timeout:g}")
         if self.seed < 0:
             raise ConfigError(f"--seed must not be negative, not {self.seed}")
         if not self.request_rate > 0 or not self.burstiness > 0:
@@ -117,11 +121,14 @@ class ServingOptions:
 
     @property
     def server_url(self) -> str:
-        """Scheme, host and port."""
+        """Scheme, host and port, and whatever path the endpoint comes behind.
+
+        Clients of OpenAI's API are given an address that ends in /v1, which the endpoint begins with.
+        """
         if self.base_url is None:
             host = f"[{self.host}]" if ":" in self.host else self.host
             return f"http://{host}:{self.port}"
-        url = self.base_url.rstrip("/")
+        url = self.base_url.rstrip("/").removesuffix("/v1")
         return url if "://" in url else f"http://{url}"
 
     @property

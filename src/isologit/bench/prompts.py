@@ -10,26 +10,29 @@ from isologit.bench.dialects import LoadRequest
 from isologit.bench.options import ServingOptions
 from isologit.errors import ConfigError, DatasetError, ModelError
 from isologit.text.tokenizer import Tokenizer, load_tokenizer
-from isologit.workload import BadRequest, RequestSpec, builtin_requests, demo_model_path, load_dataset
+from isologit.workload import DEMO_NAME, BadRequest, RequestSpec, builtin_requests, demo_model_path, load_dataset
 
 DEMO = "built-in demo"
 _WARMUP_SEED_OFFSET = 7_000_003
 
 
-def find_tokenizer(tokenizer: Path | None, model: str | None) -> tuple[Tokenizer | None, str | None]:
+def find_tokenizer(
+    tokenizer: Path | None, model: str | None, served: Sequence[str] = ()
+) -> tuple[Tokenizer | None, str | None]:
     """The tokenizer that counts tokens, and its name in the result.
 
-    It is the one asked for, else that of the model's folder, else the demo model's when no model is named: then the
-    server is taken to run the demo model. A model known by name only has none. Raises ModelError.
+    It is the one asked for, else that of the model's folder, else the demo model's for a server that names the demo
+    model. A model known by name only has none: another model's tokenizer would count wrongly. served: names of the
+    server's models. Raises ModelError.
     """
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
         if found is None:
             raise ModelError(f"{tokenizer}: holds no tokenizer.json or tokenizer.model; give the model's own folder")
         return found, str(tokenizer)
-    if model is None:
+    if model is None and DEMO_NAME in served:
         return load_tokenizer(demo_model_path()), DEMO
-    if not Path(model).exists():
+    if model is None or not Path(model).exists():
         return None, None
     found = load_tokenizer(model)
     return found, model if found else None

@@ -11,9 +11,9 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
-from isologit.bench.load import LoadRun, RequestRecord
-from isologit.bench.metrics import measured
+from isologit.bench.metrics import counted_by, input_length, measured
 from isologit.bench.options import ServingOptions, plain
+from isologit.bench.records import LoadRun, RequestRecord
 from isologit.bench.verdict import measure_lag
 from isologit.common.environment import describe_environment
 from isologit.common.verdict import Verdict
@@ -50,6 +50,7 @@ def build_result(
         "url": run.plan.url,
         "model_id": run.plan.model,
         "tokenizer_id": tokenizer_name,
+        "output_tokens_counted_by": counted_by(run.records, tokenizer_name),
         "num_prompts": len(run.plan.requests),
         "request_rate": plain(_request_rate(options, run)),
         "burstiness": plain(options.burstiness),
@@ -105,7 +106,7 @@ def _details(run: LoadRun, lengths: Sequence[int | None]) -> dict[str, list[Any]
         "request_ids": [record.request.id for record in records],
         "statuses": [record.status for record in records],
         "finish_reasons": [record.finish_reason for record in records],
-        "input_lens": [record.request.prompt_len for record in records],
+        "input_lens": [input_length(record) for record in records],
         "output_lens": list(lengths),
         "start_times": [_rounded(record.scheduled_s) for record in records],
         "send_times": [_rounded(record.sent_s) for record in records],

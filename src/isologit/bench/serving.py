@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 
 from isologit.bench.arrivals import Seconds, contest_arrivals, random_arrivals, trace_arrivals
 from isologit.bench.dialects import LoadRequest
-from isologit.bench.load import LoadPlan, LoadRun, RequestRecord, ServerError, run_load
-from isologit.bench.metrics import measure, output_lengths
+from isologit.bench.load import ServerError, nobody_answers, run_load
+from isologit.bench.metrics import TokenCounter, measure, output_lengths
 from isologit.bench.options import ServingOptions
 from isologit.bench.prompts import find_tokenizer, timed_requests, warmup_requests
+from isologit.bench.records import LoadPlan, LoadRun, RequestRecord
 from isologit.bench.result import build_result
+from isologit.bench.served import served_models
 from isologit.bench.verdict import judge
 from isologit.common.progress import Observer, Progress, Silent
+from isologit.common.signals import interrupts_deferred
 from isologit.common.verdict import Verdict
 
 _CONTEST_MODEL = "llama2"
-_ASK_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,28 @@ class Measurement:
         return f"{found['backend']}-{found['request_rate']}qps{limit}-{found['date']}.json"
 
 
-def measure_server(options: ServingOptions, *, detailed: bool = False, observer: Observer | None = None) -> Measurement:
+def measure_server(
+    options: ServingOptions,
+    *,
+    detailed: bool = False,
+    observer: Observer | None = None,
+    keep: Callable[[Measurement], object] | None = None,
+) -> Measurement:
     """Warm the server up, put the load on it and judge the run.
+
+    keep: is given the measurement where no signal can come between the run and its file. A run that a signal ended is
+    measured and kept like any other; its verdict says so.
 
     Raises ServerError when the server cannot be reached or refuses the warm-up, DatasetError or ModelError for inputs
     that cannot be used. A request that fails during the run raises nothing: it makes the verdict INVALID.
     """
     observer = observer or Silent()
     observer.stage("prepare requests")
-    tokenizer, tokenizer_name = find_tokenizer(options.tokenizer, options.model)
-    requests = timed_requests(options, tokenizer)
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-    model = _model_name(options, headers)
+    served = _models(options, headers)
+    model = _model_name(options, served)
+    tokenizer, tokenizer_name = find_tokenizer(options.tokenizer, options.model, served)
+    requests = timed_requests(options, tokenizer)
 
     def plan(chosen: Sequence[LoadRequest], arrival_s: Seconds) -> LoadPlan:
         path = options.endpoint or options.dialect.endpoint.format(model=model)
@@ -65,6 +76,7 @@ def measure_server(options: ServingOptions, *, detailed: bool = False, observer:
             arrival_s=arrival_s,
             max_concurrency=options.max_concurrency,
             ignore_eos=options.ignore_eos,
+            request_timeout_s=options.request_timeout,
             headers=headers,
         )
 
@@ -74,8 +86,23 @@ def measure_server(options: ServingOptions, *, detailed: bool = False, observer:
         _warm_up(plan(warmup_requests(options.num_warmups, requests, options.seed), np.zeros(options.num_warmups)))
     observer.stage("send requests")
     meter = _Meter(len(requests), observer)
-    run = run_load(timed, meter.finished)
-    observer.stage("count tokens")
+    with interrupts_deferred():  # but for those that end the load early
+        run = run_load(timed, meter.finished)
+        measurement = _figures(options, run, tokenizer, tokenizer_name, detailed=detailed)
+        if keep is not None:
+            keep(measurement)
+    return measurement
+
+
+def _figures(
+    options: ServingOptions,
+    run: LoadRun,
+    tokenizer: TokenCounter | None,
+    tokenizer_name: str | None,
+    *,
+    detailed: bool,
+) -> Measurement:
+    """What the run shows."""
     lengths = output_lengths(run.records, tokenizer)
     figures = measure(
         run,
@@ -111,29 +138,35 @@ def _arrivals(options: ServingOptions, n: int) -> Seconds:
 
 
 def _warm_up(plan: LoadPlan) -> None:
-    for record in run_load(plan).records:
+    run = run_load(plan)
+    if run.interrupted:
+        raise KeyboardInterrupt
+    for record in run.records:
         if record.status != "completed":
             raise ServerError(f"{plan.url}: a warm-up request failed: {record.error}; nothing was measured")
 
 
-def _model_name(options: ServingOptions, headers: dict[str, str]) -> str:
-    """The name asked for; else what an OpenAI-compatible server says it has, else the contest's."""
+def _models(options: ServingOptions, headers: Mapping[str, str]) -> list[str]:
+    """Names of the server's models; none where the name is given and the server does not say."""
+    try:
+        return asyncio.run(served_models(options.server_url, headers))
+    except ServerError:
+        if options.backend.startswith("openai") and _named(options) is None:
+            raise
+        if why := asyncio.run(nobody_answers(options.server_url)):
+            raise ServerError(why) from None
+        return []
+
+
+def _named(options: ServingOptions) -> str | None:
+    """The model's name where the options tell it."""
     if options.served_model_name is not None:
         return options.served_model_name
-    if options.model is not None and not Path(options.model).exists():
-        return options.model
-    if options.backend.startswith("openai"):
-        return asyncio.run(_served_model(options.server_url, headers))
-    return _CONTEST_MODEL
+    return options.model if options.model is not None and not Path(options.model).exists() else None
 
 
-async def _served_model(server_url: str, headers: dict[str, str]) -> str:
-    url = f"{server_url}/v1/models"
-    timeout = aiohttp.ClientTimeout(total=_ASK_S)
-    try:
-        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session, session.get(url) as response:
-            response.raise_for_status()
-            found = await response.json(content_type=None)
-            return str(found["data"][0]["id"])
-    except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError) as error:
-        raise ServerError(f"{url}: does not name a model ({error}); name it with --served-model-name") from None
+def _model_name(options: ServingOptions, served: Sequence[str]) -> str:
+    """The name asked for; else what an OpenAI-compatible server says it has, else the contest's."""
+    if named := _named(options):
+        return named
+    return served[0] if options.backend.startswith("openai") else _CONTEST_MODEL

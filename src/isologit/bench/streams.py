@@ -17,8 +17,8 @@ class Message:
     """One message of an answer.
 
     text: what it adds to the answer. is_token: it carries a token, even one without text. final: the answer is complete
-    behind it. full_text: the whole answer, when the last message repeats it. num_tokens: the server's count of output
-    tokens. error: why the answer failed.
+    behind it. full_text: the whole answer, when the last message repeats it. num_tokens, num_prompt_tokens: the
+    server's own counts so far. error: why the answer failed.
     """
 
     text: str = ""
@@ -27,17 +27,22 @@ class Message:
     finish_reason: str | None = None
     full_text: str | None = None
     num_tokens: int | None = None
+    num_prompt_tokens: int | None = None
     error: str | None = None
 
 
 class MessageStream:
     """Reads lines of bare JSON and server-sent events alike, one JSON value a line.
 
-    read: turns the JSON value of a line into a message; what it raises becomes a message with `error`.
+    read: turns the JSON value of a line into a message; what it raises becomes a message with `error`. events_only: a
+    line of bare JSON is an error, for the dialect's streams are server-sent events. ended: after `[DONE]`; whatever
+    comes behind it is no part of the answer.
     """
 
-    def __init__(self, read: Callable[[Any], Message]) -> None:
+    def __init__(self, read: Callable[[Any], Message], *, events_only: bool = False) -> None:
+        self.ended = False
         self._read = read
+        self._events_only = events_only
         self._rest = b""
 
     def feed(self, data: bytes) -> list[Message]:
@@ -51,15 +56,25 @@ class MessageStream:
         return self._messages(lines)
 
     def _messages(self, lines: list[bytes]) -> list[Message]:
-        stripped = (line.strip() for line in lines)
-        return [self._message(line) for line in stripped if line and not line.startswith(_OTHER_FIELDS)]
+        messages = []
+        for line in map(bytes.strip, lines):
+            if line and not line.startswith(_OTHER_FIELDS) and not self.ended:
+                messages.append(self._message(line))
+        return messages
 
     def _message(self, line: bytes) -> Message:
         payload = line.removeprefix(b"data:").lstrip()
         if payload == _DONE:
+            self.ended = True
             return Message(final=True)
+        bare = self._events_only and not line.startswith(b"data:")
+        in_one_piece = bare and payload.startswith(b"{")
+        problem = (
+            "the server did not stream" if in_one_piece else "the answer holds a line that is not of this protocol"
+        )
+        wrong = Message(error=f"{problem}: {payload[:_SHOWN].decode(errors='replace')}")
         try:
-            return self._read(json.loads(payload))
+            message = self._read(json.loads(payload))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            shown = payload[:_SHOWN].decode(errors="replace")
-            return Message(error=f"the answer holds a line that is not of this protocol: {shown}")
+            return wrong
+        return wrong if bare and message.error is None else message

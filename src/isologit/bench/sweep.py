@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +25,14 @@ def run_sweep(
     server_start_s: float = 600.0,
     log_folder: Path = Path("."),
     observer: Observer | None = None,
+    keep: Callable[[Measurement], object] | None = None,
 ) -> Iterator[Measurement]:
-    """Yield a detailed measurement for every rate, in the order given; it ends early when the one server is gone.
+    """Yield a detailed measurement for every rate, in the order given; it ends early when the one server is gone,
+    or a signal interrupts.
 
     server_command: starts the server for each rate, so that no cache outlives one; its output goes to `server.log` in
-    `log_folder`. server_start_s: how long it may take to listen. Raises ConfigError for bad rates or a bad
-    command, ServerStartError when a server does not come up, and what `measure_server` raises.
+    `log_folder`. server_start_s: how long it may take to listen. keep: see `measure_server`. Raises ConfigError for bad
+    rates or a bad command, ServerStartError when a server does not come up, and what `measure_server` raises.
     """
     if not request_rates:
         raise ConfigError("--request-rates is empty; give numbers with commas between them, such as 5,10,inf")
@@ -43,9 +45,9 @@ def run_sweep(
                 observer.stage("start the server")
                 log = log_folder / SERVER_LOG
                 stack.enter_context(server_process(command, url=one.server_url, log=log, start_s=server_start_s))
-            measurement = measure_server(one, detailed=True, observer=observer)
+            measurement = measure_server(one, detailed=True, observer=observer, keep=keep)
         yield measurement
-        if measurement.run.server_gone and command is None:
+        if measurement.run.interrupted or (measurement.run.server_gone and command is None):
             return
 
 

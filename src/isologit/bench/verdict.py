@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isologit.bench.load import LoadRun, RequestRecord
+from isologit.bench.records import LoadRun, RequestRecord
 from isologit.common.verdict import Reason, Verdict
 
 LAG_LIMIT = 0.01
@@ -56,6 +56,10 @@ def _conservation(run: LoadRun) -> list[Reason]:
     if astray := list((planned - seen).keys() | (seen - planned).keys()):
         reasons.append(Reason("ids_differ", f"{len(astray)} ids are not both issued and recorded: {_some(astray)}"))
     total = len(run.records)
+    if run.interrupted:
+        ended = sum(record.status == "completed" for record in run.records)
+        message = f"the run was interrupted by a signal after {run.duration_s:.1f} s, with {ended} of {total} answered"
+        reasons.append(Reason("interrupted", message))
     if run.server_gone:
         reasons.append(Reason("server_gone", "the server stopped accepting connections during the run"))
     for status, code, words in (

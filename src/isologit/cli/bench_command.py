@@ -11,7 +11,7 @@ import typer
 from isologit.bench.options import DEFAULT_PORT, METRICS, Backend, DatasetName, Metric, ServingOptions
 from isologit.cli.exits import Exit, interrupt_on_sigterm, reporting_errors
 from isologit.config import EngineOptions, speculation
-from isologit.errors import ConfigError, DatasetError
+from isologit.errors import ConfigError, DatasetError, OutputFolderError
 from isologit.job.options import DEFAULT_MAX_NEW_TOKENS, RunOptions
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ ServedModelName = Annotated[str | None, _option(_SERVER, metavar="NAME", help="N
 TokenizerOption = Annotated[
     Path | None,
     _option(
-        _SERVER, metavar="DIR|FILE", help="Counts tokens. Default: that of --model, or of the built-in demo model."
+        _SERVER, metavar="DIR|FILE", help="Counts tokens that the server does not count. Default: that of --model."
     ),
 ]
 ApiKey = Annotated[
@@ -70,6 +70,9 @@ TestTime = Annotated[
 ]
 MaxNewTokens = Annotated[int, _option(_PROMPTS, metavar="N", help="Longest answer where the dataset names none.")]
 IgnoreEos = Annotated[bool, _option(_PROMPTS, "--ignore-eos", help="Let only the length end an answer.")]
+RequestTimeout = Annotated[
+    float | None, _option(_LOAD, metavar="S", help="A request not answered whole in S seconds has failed.")
+]
 NumWarmups = Annotated[int, _option(_PROMPTS, metavar="N", help="Requests sent before; none of them is timed.")]
 Seed = Annotated[int, _option(_LOAD, metavar="N", help="Of the arrivals and of built-in prompts.")]
 Burstiness = Annotated[
@@ -127,6 +130,7 @@ def serve(
     test_time: TestTime = None,
     max_new_tokens: MaxNewTokens = 128,
     ignore_eos: IgnoreEos = False,
+    request_timeout: RequestTimeout = None,
     num_warmups: NumWarmups = 1,
     request_rate: Annotated[
         float, _option(_LOAD, "--request-rate", "--qps", "-X", metavar="R", help="Requests a second; inf: all at once.")
@@ -177,6 +181,7 @@ def serve(
             test_time=test_time,
             max_new_tokens=max_new_tokens,
             ignore_eos=ignore_eos,
+            request_timeout=request_timeout,
             num_warmups=num_warmups,
             request_rate=request_rate,
             burstiness=burstiness,
@@ -188,34 +193,41 @@ def serve(
             metric_percentiles=_numbers(metric_percentiles, "--metric-percentiles"),
             goodput=_goodput(goodput or []),
         )
-        measurement = _measure(options, detailed=save_detailed)
-        if save_result or save_detailed:
-            _save(measurement, result_dir, result_filename)
-        if out_dir is not None:
-            from isologit.bench.contest import write_contest_result
+        from isologit.bench.contest import write_contest_result
+        from isologit.bench.serving import measure_server
+        from isologit.cli.bench_summary import print_measurement
+        from isologit.cli.display import display
 
-            print(write_contest_result(out_dir, request_rate, measurement.run))
+        saved: list[Path] = []
+
+        def keep(measurement: Measurement) -> None:
+            if save_result or save_detailed:
+                saved.append(_save(measurement, result_dir, result_filename))
+            if out_dir is not None:
+                saved.append(write_contest_result(out_dir, request_rate, measurement.run))
+
+        interrupt_on_sigterm()
+        with display(quiet=False) as observer:
+            measurement = measure_server(options, detailed=save_detailed, observer=observer, keep=keep)
+        print_measurement(measurement)
+        for path in saved:
+            print(path)
+        if measurement.run.interrupted:
+            raise KeyboardInterrupt
     raise typer.Exit(Exit.OK if measurement.verdict.valid else Exit.INVALID)
 
 
-def _measure(options: ServingOptions, *, detailed: bool) -> Measurement:
-    from isologit.bench.serving import measure_server
+def _save(measurement: Measurement, folder: Path, name: str | None = None) -> Path:
     from isologit.cli.bench_summary import print_measurement
-    from isologit.cli.display import display
-
-    interrupt_on_sigterm()
-    with display(quiet=False) as observer:
-        measurement = measure_server(options, detailed=detailed, observer=observer)
-    print_measurement(measurement)
-    return measurement
-
-
-def _save(measurement: Measurement, folder: Path, name: str | None) -> None:
     from isologit.common.files import write_json
 
     path = folder / (name or measurement.file_name)
-    write_json(path, measurement.result)
-    print(path)
+    try:
+        write_json(path, measurement.result)
+    except OutputFolderError:
+        print_measurement(measurement)  # the one place where it can still be seen
+        raise
+    return path
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -270,6 +282,7 @@ def sweep(
     test_time: TestTime = None,
     max_new_tokens: MaxNewTokens = 128,
     ignore_eos: IgnoreEos = False,
+    request_timeout: RequestTimeout = None,
     num_warmups: NumWarmups = 1,
     burstiness: Burstiness = 1.0,
     contest_arrivals: ContestArrivals = False,
@@ -300,6 +313,7 @@ def sweep(
             test_time=test_time,
             max_new_tokens=max_new_tokens,
             ignore_eos=ignore_eos,
+            request_timeout=request_timeout,
             num_warmups=num_warmups,
             burstiness=burstiness,
             contest_arrivals=contest_arrivals,
@@ -314,7 +328,7 @@ def sweep(
         from isologit.cli.display import display
 
         interrupt_on_sigterm()
-        valid = True
+        valid, saved = True, list[Path]()
         with display(quiet=False) as observer:
             for measurement in run_sweep(
                 options,
@@ -322,10 +336,13 @@ def sweep(
                 server_command=server_command,
                 log_folder=result_dir,
                 observer=observer,
+                keep=lambda measurement: saved.append(_save(measurement, result_dir)),
             ):
                 print_measurement(measurement)
-                _save(measurement, result_dir, None)
+                print(saved[-1])
                 valid &= measurement.verdict.valid
+        if measurement.run.interrupted:
+            raise KeyboardInterrupt
     raise typer.Exit(Exit.OK if valid else Exit.INVALID)
 
 

@@ -38,10 +38,10 @@ def print_measurement(measurement: Measurement) -> None:
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     tokens = f"{_count(found['total_input_tokens'])} in, {_count(found['total_output_tokens'])} out"
-    if found["tokenizer_id"] is not None:
-        tokens += f", counted by the tokenizer of {found['tokenizer_id']}"
-    if found["reported_output_tokens"] is not None:
-        tokens += f" (the server says {_count(found['reported_output_tokens'])} out)"
+    if found["output_tokens_counted_by"] is not None:
+        tokens += f", counted by {found['output_tokens_counted_by']}"
+    elif found["completed"]:
+        tokens += "; the server counts none, so name a tokenizer with --tokenizer"
     rows = [
         ("requests", f"{found['completed']} of {found['issued']} completed, sent {_rate(found['request_rate'])}"),
         ("duration", f"{found['duration']:.2f} s"),

@@ -21,6 +21,7 @@ from isologit.server.connections import LONGEST_STALL_S, Connection, close_stall
 from isologit.server.metrics import ServerMetrics
 from isologit.server.options import ServerOptions
 from isologit.server.service import Limits, Service
+from isologit.workload import DEMO_NAME
 
 _CONTEST_NAMES = ("llama2", "internlm")  # paths the contest's clients post to
 _LAST_WORDS_S = 1.0  # for answers that say why, before a failed server leaves
@@ -62,7 +63,7 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
     """
     listener = bind(options.host, options.port)
     model = options.engine.model
-    name = options.served_model_name or ("isologit-demo" if model is None else Path(model).name)
+    name = options.served_model_name or (DEMO_NAME if model is None else Path(model).name)
     say("loading the model ...")
     llm = LLM(options=options.engine, logprobs_mode="raw_logits" if options.strict_contest else "raw_logprobs")
     try:

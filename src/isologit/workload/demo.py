@@ -14,6 +14,9 @@ import sentencepiece
 from isologit.workload.requests import RequestSpec
 from isologit.workload.textgen import Pair, pairs, sentence
 
+DEMO_NAME = "isologit-demo"
+"""The name under which a server of this project serves the demo model, so that others know it."""
+
 _POOL = 6000  # instructions to choose from when a prompt of a given length is wanted
 _PROMPT_SEED_OFFSET = 1_000_003  # prompts are drawn from other seeds than the training text
 
