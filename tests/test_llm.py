@@ -16,7 +16,7 @@ from isologit import LLM, GenerationRequest, RequestOutput, SamplingParams
 from isologit.backends.batch import FlatBatch
 from isologit.backends.cpu.heads import heads_suit
 from isologit.backends.cpu.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH
-from isologit.engine.loop import LAST_TOKEN
+from isologit.engine.captured_rows import LAST_TOKEN
 from isologit.errors import ConfigError, ModelError, RequestError
 
 VOCAB = 300
@@ -380,7 +380,7 @@ def test_tokens_without_whole_logits_are_those_of_whole_logits(model: tuple[Path
 def test_outputs_with_captured_rows_wait_for_others_but_not_long(
     model: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, hold_s: float
 ) -> None:
-    monkeypatch.setattr("isologit.engine.loop._LONGEST_HOLD_S", hold_s)
+    monkeypatch.setattr("isologit.engine.captured_rows.LONGEST_HOLD_S", hold_s)
     llm = LLM(model[0], max_num_seqs=1, speculative_config=None)
     requests = [
         GenerationRequest(name, [1, 4, 9], SamplingParams(max_tokens=5, ignore_eos=True), capture=frozenset({0}))

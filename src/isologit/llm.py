@@ -19,12 +19,13 @@ from isologit.config.engine_options import QkvLayout
 from isologit.engine.blocks import BlockPool
 from isologit.engine.calibration import CALIBRATION_ROWS, StepTimes, measure_step_times
 from isologit.engine.draft_model import DraftModelProposer
-from isologit.engine.loop import EngineLoop, StepRecord
+from isologit.engine.loop import EngineLoop
 from isologit.engine.planner import Plan, plan
 from isologit.engine.request import GenerationRequest, RequestMetrics, RequestOutput, SamplingParams
 from isologit.engine.runner import Runner
 from isologit.engine.scheduler import Scheduler, SchedulerConfig
 from isologit.engine.speculation import NGramProposer, Proposer
+from isologit.engine.step_record import StepRecord
 from isologit.errors import ModelError, RequestError
 from isologit.text.tokenizer import Tokenizer, load_tokenizer
 from isologit.workload import demo_model_path
@@ -236,9 +237,10 @@ class LLM:
         slots = options.max_num_seqs or _OPEN_SLOTS
         rows = options.max_num_batched_tokens or max(slots, _OPEN_ROWS)
         blocks_each = -(-self.max_model_len // self._model.block_size)
-        return self._loop_of(slots, rows, min(self.max_kv_blocks, slots * blocks_each), time.perf_counter())
+        num_blocks = min(self.max_kv_blocks, slots * blocks_each)
+        return self._loop_of(slots, rows, num_blocks, time.perf_counter(), streaming=True)
 
-    def _loop_of(self, slots: int, rows: int, num_blocks: int, zero_s: float) -> EngineLoop:
+    def _loop_of(self, slots: int, rows: int, num_blocks: int, zero_s: float, *, streaming: bool = False) -> EngineLoop:
         self._make_room(num_blocks, rows)
         options = self.options
         pool = BlockPool(num_blocks, self._model.block_size, enable_prefix_caching=options.enable_prefix_caching)
@@ -256,6 +258,7 @@ class LLM:
             seed=options.seed,
             zero_s=zero_s,
             raw_logits=options.logprobs_mode == "raw_logits",
+            streaming=streaming,
         )
 
     def _make_room(self, num_blocks: int, rows: int) -> None:

@@ -20,9 +20,7 @@ from tests.server.tools import PROMPT, SPOKEN, Spoken
 from isologit.bench.streams import MessageStream
 from isologit.server.app import create_app
 from isologit.server.options import ServerOptions
-from isologit.server.service import Service, _TextFeed
-from isologit.text.tokenizer import load_tokenizer
-from isologit.workload import demo_model_path
+from isologit.server.service import Service
 
 EXAMPLES = int(os.environ.get("ISOLOGIT_FUZZ_EXAMPLES", "25"))  # of every operation
 RELAXED = settings(
@@ -134,31 +132,6 @@ def test_streams_read_the_same_however_they_are_cut(
     assert messages == spoken.messages(content)
     assert "".join(message.text for message in messages) == text
     assert messages[-1].final
-
-
-TOKENIZER = load_tokenizer(demo_model_path())
-assert TOKENIZER is not None
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(
-    ids=st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=40),
-    stops=st.lists(st.text(st.sampled_from("abc e\n\ufffd"), min_size=1, max_size=3), max_size=3),
-)
-def test_text_that_was_given_never_reaches_into_a_stop_string(ids: list[int], stops: list[str]) -> None:
-    """As the engine does: it ends after the token that completes a stop string, and the text before that is all."""
-    assert TOKENIZER is not None
-    feed, given_text, number = _TextFeed(TOKENIZER, stops), "", 0
-    for number in range(1, len(ids) + 1):
-        text = TOKENIZER.decode(ids[:number])
-        cuts = [text.find(stop) for stop in stops if stop in text]
-        if cuts or number == len(ids):
-            whole = text[: min(cuts)] if cuts else text
-            assert whole.startswith(given_text)
-            given_text += feed.rest(whole)
-            assert given_text == whole
-            break
-        given_text += feed.push(ids[number - 1])
 
 
 def test_the_prompt_of_these_tests_is_answered(fuzzed: tuple[Running, _Errors]) -> None:

@@ -106,7 +106,7 @@ def test_lines_survive_clients_that_split_at_unicode_line_ends(
     output = RequestOutput("r", None, [1], [5], text, "length", None, None, None, {}, never, None)
 
     async def steps(answer: Answer) -> AsyncIterator[list[tuple[int, Piece]]]:
-        yield [(0, Piece([Token(5, text, {5: -0.5})], output))]
+        yield [(0, Piece([Token(5, text, text, {5: -0.5})], output))]
 
     monkeypatch.setattr(Answer, "steps", steps)
     content = http.post("/models/llama2/generate_stream", json=body()).content

@@ -1,7 +1,7 @@
 """The engine on a thread of its own, and its requests as asynchronous streams.
 
 Owns the hand-over between the two worlds: what arrives is applied between steps, and what a step gained goes back in
-one call, however many requests gained something. It does not know HTTP, and turns no token into text.
+one call, however many requests gained something. It does not know HTTP.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ class ClientGoneError(IsologitError):
 class Delta:
     """What a request gained in one step; `output` is its whole result, when it is over.
 
-    at_s: end of the step on the clock `time.perf_counter`.
+    texts: what each token made certain, often nothing; all of a request's, joined, are its text with what a stop string
+    cuts off. shown: what may be shown since each token, held back while it may begin a stop string; all of a request's,
+    joined, are `output.text`. logprobs: empty if none were asked for. at_s: end of the step on the clock
+    `time.perf_counter`.
     """
 
     token_ids: Sequence[int]
+    texts: Sequence[str]
+    shown: Sequence[str]
     logprobs: Sequence[dict[int, float]]
     output: RequestOutput | None
     at_s: float
@@ -258,10 +263,13 @@ class AsyncEngine:
         now = time.perf_counter()
         over = {output.request_id: output for output in finished}
         deltas = [
-            (gain.request_id, Delta(gain.token_ids, gain.logprobs, over.pop(gain.request_id, None), now))
+            (
+                gain.request_id,
+                Delta(gain.token_ids, gain.texts, gain.shown, gain.logprobs, over.pop(gain.request_id, None), now),
+            )
             for gain in self.engine.gains
         ]
-        deltas += [(name, Delta((), (), output, now)) for name, output in over.items()]
+        deltas += [(name, Delta((), (), (), (), output, now)) for name, output in over.items()]
         if deltas:
             self._call(self._deliver, deltas)
         self.engine.step_records.clear()  # a server never ends

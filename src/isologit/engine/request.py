@@ -21,8 +21,10 @@ from isologit.errors import RequestError
 class SamplingParams:
     """How output tokens are chosen and when they end; names as in vLLM. The default is greedy.
 
-    `stop` may be one string or several, and is kept as a tuple; `top_k` 0 or -1 means the whole vocabulary;
-    `logprobs` asks for that many most likely tokens beside the chosen one. Raises RequestError for bad values.
+    `stop` may be one string or several, and is kept as a tuple; it ends the output after the first `min_tokens` tokens,
+    and the text before it, unless `include_stop_str_in_output`; a token of `stop_token_ids` ends the text alike.
+    `top_k` 0 or -1 means the whole vocabulary; `logprobs` asks for that many most likely tokens beside the chosen one.
+    Raises RequestError for bad values.
     """
 
     max_tokens: int = 16
@@ -33,6 +35,7 @@ class SamplingParams:
     seed: int | None = None
     stop: str | SequenceABC[str] = ()
     stop_token_ids: SequenceABC[int] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
@@ -59,7 +62,7 @@ class SamplingParams:
             self.logprobs is None or _is_int(self.logprobs, 0),
             "logprobs", "None or an integer of at least 0", self.logprobs,
         )  # fmt: skip
-        for name in ("ignore_eos", "return_logits"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "return_logits"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
         _require(
@@ -169,7 +172,6 @@ class Sequence:
     arrival_s: float = field(init=False, default=0.0)
     scheduled_s: float | None = field(init=False, default=None)
     first_token_s: float | None = field(init=False, default=None)
-    finished_s: float | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         request = self.request

@@ -136,6 +136,20 @@ class Scheduler:
             if self.proposer is not None:
                 self.proposer.forget(seq)
 
+    def stop(self, entry: ScheduledSequence, num_kept: int, stop: str) -> bool:
+        """End a sequence at a stop string, after `num_kept` of the tokens it gained in the step just committed.
+
+        Returns whether it was running, False if `commit` has returned it as finished.
+        """
+        seq = entry.seq
+        del seq.token_ids[len(seq.token_ids) - entry.num_accepted + num_kept :]
+        entry.num_accepted = num_kept
+        if seq.status is SequenceStatus.RUNNING:
+            self.finish(seq, "stop", stop)
+            return True
+        seq.finish_reason, seq.stop_reason = "stop", stop
+        return False
+
     def drop_running(self) -> list[Sequence]:
         """End every running sequence with reason "error", as after a step that was not completed.
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.config import EngineOptions, ModelConfig
-from isologit.engine.loop import StepRecord
 from isologit.engine.planner import Plan
 from isologit.engine.request import GenerationRequest, RequestOutput
+from isologit.engine.step_record import StepRecord
 from isologit.fidelity.certifier import ScoringReference
 from isologit.text.tokenizer import Tokenizer
 

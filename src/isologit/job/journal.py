@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from isologit.engine.loop import StepRecord
 from isologit.engine.request import RequestOutput
+from isologit.engine.step_record import StepRecord
 from isologit.job.folder import PARTIAL_OUTPUTS, PARTIAL_ROWS, PARTIAL_STEPS, json_line
 
 _STEPS_EVERY_S = 1.0

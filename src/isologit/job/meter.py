@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from isologit.common.progress import Observer, Progress
-from isologit.engine.loop import StepRecord
+from isologit.engine.step_record import StepRecord
 
 _TICK_S = 0.5
 

@@ -147,7 +147,7 @@ def sampling_params(asked: Parameters, vocab_size: int, strict: bool) -> Samplin
 
 def _token(token: Token) -> dict[str, Any]:
     logprob = token.logprobs[token.id] if token.logprobs else 0.0
-    return {"id": token.id, "logprob": logprob, "special": token.text == "", "text": token.text}
+    return {"id": token.id, "logprob": logprob, "special": token.shown == "", "text": token.shown}
 
 
 def _answer(text: str, reason: str, tokens: list[dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -177,13 +177,13 @@ async def _whole(service: Service, model: str, body: ClientRequest, http: Reques
     text = output.text
     if service.strict_contest:
         found = _without_last_text(found)
-        text = "".join(token.text for token in found)
+        text = "".join(token.shown for token in found)
     return JSONResponse(_answer(text, _reason(output), [_token(token) for token in found], request.params.seed or 0))
 
 
 def _without_last_text(tokens: list[Token]) -> list[Token]:
     """A finished answer as the contest's server sends it: whatever the last token made certain is lost."""
-    return [*tokens[:-1], *(Token(token.id, "", token.logprobs) for token in tokens[-1:])]
+    return [*tokens[:-1], *(Token(token.id, "", "", token.logprobs) for token in tokens[-1:])]
 
 
 def _reason(output: RequestOutput) -> str:
@@ -225,10 +225,10 @@ async def _lines(
             lines = []
             for token in new:
                 shown = _token(token)
-                inner = {"details": None, "generated_text": token.text, "tokens": shown, "top_tokens": [shown]}
+                inner = {"details": None, "generated_text": token.shown, "tokens": shown, "top_tokens": [shown]}
                 lines.append(line(inner))
             if piece.output is not None and full:
-                text = "".join(token.text for token in tokens)
+                text = "".join(token.shown for token in tokens)
                 shown_tokens = [_token(token) for token in tokens]
                 lines.append(line(_answer(text, _reason(piece.output), shown_tokens, request.params.seed or 0)))
             yield "".join(lines)

@@ -274,7 +274,7 @@ async def _events(
                 reason = None if piece.output is None else piece.output.finish_reason
                 if text or reason is not None or logprobs is not None:
                     events.append(event(index, style.part(text, piece.tokens, logprobs, offsets[index]), reason))
-                offsets[index] += len(text)
+                offsets[index] += sum(len(token.text) for token in piece.tokens)
             if events:
                 yield "".join(events)
         if include_usage:

@@ -17,7 +17,6 @@ from isologit.engine.async_engine import AsyncEngine, Delta, EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.errors import IsologitError, RequestError
 from isologit.server.metrics import ServerMetrics
-from isologit.text.detokenizer import Detokenizer
 from isologit.text.tokenizer import Tokenizer
 
 _LONG_TEXT = 4096  # characters; what is longer is made into tokens on another thread
@@ -51,24 +50,28 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One output token; `text` is what it made certain, often nothing."""
+    """One output token; `text` is what it made certain, often nothing.
+
+    shown: what may be shown since: the text, held back while it may begin a stop string.
+    """
 
     id: int
     text: str
+    shown: str
     logprobs: dict[int, float] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step brought a request; `output` and the true text come with the last."""
+    """What one step brought a request; `output` comes with the last."""
 
     tokens: Sequence[Token]
     output: RequestOutput | None = None
 
     @property
     def text(self) -> str:
-        """The text of all its tokens."""
-        return "".join(token.text for token in self.tokens)
+        """What may be shown now."""
+        return "".join(token.shown for token in self.tokens)
 
 
 @dataclass
@@ -165,8 +168,6 @@ class Answer:
     """Requests that are being answered together: their text as it grows, and their end."""
 
     def __init__(self, service: Service, requests: Sequence[GenerationRequest], *, whole: bool) -> None:
-        self._requests = requests
-        self._feeds = [_TextFeed(service.tokenizer, request.params.stop) for request in requests]
         self._watches = [service.metrics.watch(len(request.prompt_token_ids)) for request in requests]
         self._stream = service.engine.submit(
             requests, lambda index, delta: self._watches[index].observe(delta), whole=whole
@@ -186,7 +187,7 @@ class Answer:
         while taken := await self._stream.take():
             pieces: dict[int, Piece] = {}
             for index, delta in taken:
-                piece, before = self._piece(index, delta), pieces.get(index)
+                piece, before = _piece(delta), pieces.get(index)
                 pieces[index] = piece if before is None else Piece([*before.tokens, *piece.tokens], piece.output)
             yield list(pieces.items())
 
@@ -209,43 +210,13 @@ class Answer:
             gone.cancel()
             self.close()
 
-    def _piece(self, index: int, delta: Delta) -> Piece:
-        feed, output = self._feeds[index], delta.output
-        if output is not None and self._requests[index].params.stop:
-            texts = [""] * len(delta.token_ids)  # NOTE: the last tokens' text may reach past the stop
-        else:
-            texts = [feed.push(token_id) for token_id in delta.token_ids]
-        if output is not None and texts:
-            texts[-1] += feed.rest(output.text)
-        logprobs: Sequence[dict[int, float] | None] = delta.logprobs or [None] * len(texts)
-        return Piece([Token(*parts) for parts in zip(delta.token_ids, texts, logprobs, strict=True)], output)
+
+def _piece(delta: Delta) -> Piece:
+    logprobs: Sequence[dict[int, float] | None] = delta.logprobs or [None] * len(delta.token_ids)
+    parts = zip(delta.token_ids, delta.texts, delta.shown, logprobs, strict=True)
+    return Piece([Token(*part) for part in parts], delta.output)
 
 
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class _TextFeed:
-    """Text that is certain. With stop strings, what may be the beginning of one is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._hold = max((len(stop) for stop in stops), default=1) - 1
-        self._held = ""
-        self._given = 0  # characters
-
-    def push(self, token_id: int) -> str:
-        self._held += self._detokenizer.push(token_id)
-        return self._give(len(self._held) - self._hold)
-
-    def rest(self, whole: str) -> str:
-        """What is missing of the whole answer's text."""
-        return whole[self._given :]
-
-    def _give(self, count: int) -> str:
-        if count <= 0:
-            return ""
-        given, self._held = self._held[:count], self._held[count:]
-        self._given += len(given)
-        return given

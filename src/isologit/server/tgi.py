@@ -94,7 +94,7 @@ def router(service: Service) -> APIRouter:
     async def whole(body: GenerateRequest, http: Request) -> dict[str, Any]:
         request = await _request(service, body)
         [(tokens, output)] = await service.collect(http.receive, [request])
-        answer: dict[str, Any] = {"generated_text": body.echoed + output.text}
+        answer: dict[str, Any] = {"generated_text": body.echoed + "".join(token.text for token in tokens)}
         if body.asked.details:
             shown: dict[str, Any] = {"prefill": [], "tokens": [_token(service, token) for token in tokens]}
             if body.asked.top_n_tokens:
@@ -174,7 +174,12 @@ def _token(service: Service, token: Token) -> dict[str, Any]:
 def _top_tokens(service: Service, token: Token, count: int) -> list[dict[str, Any]]:
     """The most likely tokens in place of this one, the likeliest first."""
     best = sorted((token.logprobs or {}).items(), key=lambda item: -item[1])[:count]
-    return [_token(service, Token(i, service.tokenizer.inner_text([i]), {i: value})) for i, value in best]
+    return [_token(service, _candidate(service, i, value)) for i, value in best]
+
+
+def _candidate(service: Service, token_id: int, logprob: float) -> Token:
+    text = service.tokenizer.inner_text([token_id])
+    return Token(token_id, text, text, {token_id: logprob})
 
 
 def _details(request: GenerationRequest, output: RequestOutput) -> dict[str, Any]:
@@ -188,18 +193,19 @@ async def _events(
     service: Service, answer: Answer, request: GenerationRequest, body: GenerateRequest
 ) -> AsyncIterator[str]:
     """One event a token; the last holds the whole text. Lines are ASCII: some clients also split at U+2028."""
-    count, number = body.asked.top_n_tokens, 0
+    count, number, text = body.asked.top_n_tokens, 0, ""
     try:
         async for [(_, piece)] in answer.steps():
             events = []
             for token, output in _with_output(piece.tokens, piece.output):
                 number += 1
+                text += token.text
                 event: dict[str, Any] = {"index": number, "token": _token(service, token)}
                 if count:
                     event["top_tokens"] = _top_tokens(service, token, count)
                 event |= {"generated_text": None, "details": None}
                 if output is not None:
-                    event["generated_text"] = body.echoed + output.text
+                    event["generated_text"] = body.echoed + text
                     if body.asked.details:
                         details = _details(request, output)
                         event["details"] = {**details, "input_length": len(request.prompt_token_ids)}
