@@ -33,6 +33,16 @@ def test_alpaca_lengths_are_counted_by_the_tokenizer(tmp_path: Path) -> None:
     assert request.max_new_tokens == len(tokenizer.encode_without_bos("a cat sat"))
 
 
+def test_the_format_of_a_file_may_be_said(tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    file.write_text('{"prompt": "a"}\n')
+    for options, prompt in (
+        (ServingOptions(dataset_path=file), "a"),
+        (ServingOptions(dataset_path=file, dataset_format="text"), '{"prompt": "a"}'),
+    ):
+        assert [request.prompt for request in timed_requests(options, None)] == [prompt]
+
+
 def test_a_short_file_is_gone_through_again_under_new_ids(tmp_path: Path) -> None:
     file = tmp_path / "lines"
     file.write_text("one\ntwo\n")

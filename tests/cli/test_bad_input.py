@@ -137,3 +137,8 @@ def test_memory_for_one_request_is_checked_before_anything_runs(
     file = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Describe the fox.", "max_new_tokens": 900})
     line = refused(invoke, tmp_path / "out", "--dataset", file)
     assert "MiB" in line
+
+
+def test_a_format_that_the_file_does_not_have(invoke: Invoke, model: Path, prompts: Path, tmp_path: Path) -> None:
+    line = refused(invoke, tmp_path / "out", "--model", model, "--dataset", prompts, "--dataset-format", "alpaca")
+    assert "malformed JSON" in line

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from isologit.errors import ConfigError, DatasetError
-from isologit.workload.dataset import read_text
+from isologit.workload.text_file import read_text
 
 Seconds = npt.NDArray[np.float64]
 

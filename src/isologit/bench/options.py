@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from isologit.bench.dialects import DIALECTS, Dialect
 from isologit.errors import ConfigError
+from isologit.workload.dataset import DatasetFormat
 
 DEFAULT_PORT = 8835
 _GOODPUT_METRICS = ("ttft", "tpot", "e2el")
@@ -41,6 +42,7 @@ class ServingOptions:
     tokenizer: Path | None = None
     dataset_name: DatasetName | None = None
     dataset_path: Path | None = None
+    dataset_format: DatasetFormat = "auto"
     num_prompts: int | None = None
     test_time: float | None = None
     max_new_tokens: int = 128

@@ -47,7 +47,13 @@ def timed_requests(options: ServingOptions, tokenizer: Tokenizer | None) -> list
     if options.dataset_path is None:
         assert wanted is not None
         return [_load_request(spec, tokenizer) for spec in builtin_requests(wanted, options.seed)]
-    records = load_dataset(options.dataset_path, tokenizer, limit=wanted, default_max_new_tokens=options.max_new_tokens)
+    records = load_dataset(
+        options.dataset_path,
+        tokenizer,
+        limit=wanted,
+        default_max_new_tokens=options.max_new_tokens,
+        format=options.dataset_format,
+    )
     specs = []
     for record in records:
         if isinstance(record, BadRequest):

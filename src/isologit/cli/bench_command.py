@@ -13,6 +13,7 @@ from isologit.cli.exits import Exit, interrupt_on_sigterm, reporting_errors
 from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError, DatasetError, OutputFolderError
 from isologit.job.options import DEFAULT_MAX_NEW_TOKENS, RunOptions
+from isologit.workload.dataset import DatasetFormat
 
 if TYPE_CHECKING:
     from isologit.bench.serving import Measurement
@@ -61,6 +62,7 @@ DatasetNameOption = Annotated[
 DatasetPath = Annotated[
     Path | None, _option(_PROMPTS, metavar="FILE", help="Prompts: Alpaca JSON, JSONL, or lines of text.")
 ]
+DatasetFormatOption = Annotated[DatasetFormat, _option(_PROMPTS, help="What the file is; auto tells by its content.")]
 NumPrompts = Annotated[
     int | None, _option(_PROMPTS, metavar="N", help="How many. Default: all of the file, or 1500 built-in ones.")
 ]
@@ -126,6 +128,7 @@ def serve(
     api_key: ApiKey = None,
     dataset_name: DatasetNameOption = None,
     dataset_path: DatasetPath = None,
+    dataset_format: DatasetFormatOption = "auto",
     num_prompts: NumPrompts = None,
     test_time: TestTime = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -177,6 +180,7 @@ def serve(
             api_key=api_key,
             dataset_name=dataset_name,
             dataset_path=dataset_path,
+            dataset_format=dataset_format,
             num_prompts=num_prompts,
             test_time=test_time,
             max_new_tokens=max_new_tokens,
@@ -278,6 +282,7 @@ def sweep(
     ] = None,
     dataset_name: DatasetNameOption = None,
     dataset_path: DatasetPath = None,
+    dataset_format: DatasetFormatOption = "auto",
     num_prompts: NumPrompts = None,
     test_time: TestTime = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -309,6 +314,7 @@ def sweep(
             api_key=api_key,
             dataset_name=dataset_name,
             dataset_path=dataset_path,
+            dataset_format=dataset_format,
             num_prompts=num_prompts,
             test_time=test_time,
             max_new_tokens=max_new_tokens,
@@ -352,6 +358,7 @@ def throughput(
     load_format: LoadFormat = _ENGINE_DEFAULTS.load_format,
     tokenizer: EngineTokenizer = None,
     dataset_path: DatasetPath = None,
+    dataset_format: DatasetFormatOption = "auto",
     num_prompts: NumPrompts = None,
     max_new_tokens: MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
     ignore_eos: IgnoreEos = False,
@@ -382,6 +389,7 @@ def throughput(
                 seed=seed,
             ),
             dataset=dataset_path,
+            dataset_format=dataset_format,
             limit=num_prompts,
             ignore_eos=ignore_eos,
             max_new_tokens=max_new_tokens,

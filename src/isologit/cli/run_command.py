@@ -14,6 +14,7 @@ from isologit.cli.exits import Exit, interrupt_on_sigterm, leave, reporting_erro
 from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError
 from isologit.job.options import DEFAULT_BASELINE_REQUESTS, DEFAULT_MAX_NEW_TOKENS, RunOptions
+from isologit.workload.dataset import DatasetFormat
 
 if TYPE_CHECKING:
     from isologit.job.result import RunResult
@@ -43,6 +44,9 @@ def run_command(
             help="Prompts: Alpaca JSON, JSONL, or lines of text. Default: 1500 built-in prompts.",
         ),
     ] = None,
+    dataset_format: Annotated[
+        DatasetFormat, typer.Option(rich_help_panel=_INPUT, help="What the prompt file is; auto tells by its content.")
+    ] = "auto",
     limit: Annotated[
         int | None, typer.Option(rich_help_panel=_INPUT, metavar="N", help="Run only the first N prompts.")
     ] = None,
@@ -183,6 +187,7 @@ def run_command(
                 seed=seed,
             ),
             dataset=dataset,
+            dataset_format=dataset_format,
             output=output,
             limit=limit,
             replay=replay,

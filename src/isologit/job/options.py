@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from isologit.config import EngineOptions
 from isologit.errors import ConfigError
+from isologit.workload.dataset import DatasetFormat
 
 SaveLogits = Literal["none", "captured", "contest"]
 
@@ -32,6 +33,7 @@ class RunOptions:
 
     engine: EngineOptions = EngineOptions()  # noqa: RUF009 - frozen
     dataset: Path | None = None
+    dataset_format: DatasetFormat = "auto"
     output: Path | None = None
     limit: int | None = None
     replay: Path | None = None

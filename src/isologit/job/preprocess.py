@@ -89,7 +89,13 @@ def preprocess(options: RunOptions, engine: Engine) -> Prepared:
 def _read(options: RunOptions, engine: Engine) -> list[RequestSpec | BadRequest]:
     file = options.dataset_file
     if file is not None:
-        return load_dataset(file, engine.tokenizer, limit=options.limit, default_max_new_tokens=options.max_new_tokens)
+        return load_dataset(
+            file,
+            engine.tokenizer,
+            limit=options.limit,
+            default_max_new_tokens=options.max_new_tokens,
+            format=options.dataset_format,
+        )
     specs = builtin_requests() if options.limit is None else builtin_requests(options.limit)
     return list(specs)
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from isologit.errors import DatasetError
-from isologit.workload.dataset import read_text
 from isologit.workload.requests import TextEncoder
+from isologit.workload.text_file import (
+    MalformedJSON,
+    Object,
+    is_integer,
+    is_unicode,
+    json_value,
+    lines,
+    read_text,
+    shown,
+)
 
 
 def load_replay(path: str | Path, tokenizer: TextEncoder | None) -> dict[str, list[int]]:
@@ -19,21 +27,23 @@ def load_replay(path: str | Path, tokenizer: TextEncoder | None) -> dict[str, li
     """
     path = Path(path)
     recorded: dict[str, list[int]] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in lines(read_text(path)):
         where = f"{path}:{number}"
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"{where}: malformed JSON at column {error.colno} ({error.msg})") from None
-        if not isinstance(value, dict) or "id" not in value:
+            value = json_value(line)
+        except MalformedJSON as error:
+            raise DatasetError(f"{where}: {error}") from None
+        if not isinstance(value, Object) or "id" not in value:
             raise DatasetError(f"{where}: a replay record is a JSON object with id and token_ids or text")
+        if value.repeated is not None:
+            raise DatasetError(f"{where}: the key {shown(value.repeated)} appears twice; keep one")
+        if not isinstance(value["id"], str | int) or isinstance(value["id"], bool):
+            raise DatasetError(f"{where}: id must be text or an integer, not {shown(value['id'])}")
         if value.get("error"):
             continue
         name = str(value["id"])
         if name in recorded:
-            raise DatasetError(f'{where}: id "{name}" appears twice; make ids unique')
+            raise DatasetError(f"{where}: id {shown(name)} appears twice; make ids unique")
         recorded[name] = _tokens(value, where, tokenizer)
     if not recorded:
         raise DatasetError(f"{path}: the file holds no recorded outputs")
@@ -43,8 +53,8 @@ def load_replay(path: str | Path, tokenizer: TextEncoder | None) -> dict[str, li
 def _tokens(value: dict[str, Any], where: str, tokenizer: TextEncoder | None) -> list[int]:
     ids = value.get("token_ids")
     if ids is not None:
-        if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise DatasetError(f"{where}: token_ids must be a list of integers")
+        if not isinstance(ids, list) or not all(is_integer(i, least=0) for i in ids):
+            raise DatasetError(f"{where}: token_ids must be a list of integers from 0 to 2**31 - 1")
         return ids
     keys = [key for key in value if key == "text" or key.endswith("_text")]
     key = "text" if "text" in keys else keys[0] if len(keys) == 1 else None
@@ -55,6 +65,8 @@ def _tokens(value: dict[str, Any], where: str, tokenizer: TextEncoder | None) ->
     text = value[key]
     if not text:
         return []
+    if not is_unicode(text):
+        raise DatasetError(f"{where}: {key} is not valid Unicode (it holds a lone surrogate); record token_ids instead")
     # Decoding strips one leading space; a text that begins with spaces needs one more to survive it.
     for candidate in (text, f" {text}"):
         ids = tokenizer.encode_without_bos(candidate)
