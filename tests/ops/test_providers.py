@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from isologit.backends.cpu.providers import PROVIDERS as CPU
+from isologit.backends.torch.providers import PROVIDERS as TORCH
 from isologit.ops.definitions import OPS
 
-BACKENDS = {"cpu": CPU}
+BACKENDS = {"cpu": CPU, "torch": TORCH}
 TRIPLES = [(b, name, p) for b, listed in BACKENDS.items() for name, found in listed.items() for p in found]
 
 

@@ -14,6 +14,7 @@ AUTO = "auto"
 # Name -> where its class is, imported when it is asked for. "auto" takes the first that can run.
 BACKENDS = {
     "cpu": "isologit.backends.cpu.backend:CPUBackend",
+    "torch": "isologit.backends.torch.backend:TorchBackend",
 }
 
 

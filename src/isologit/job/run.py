@@ -24,7 +24,7 @@ from isologit.job.machine import measure_limits
 from isologit.job.options import RunOptions
 from isologit.job.outputs import output_lines, step_lines
 from isologit.job.preprocess import Prepared, preprocess
-from isologit.job.profile import profile
+from isologit.job.profile import LAYER_PRODUCTS, profile
 from isologit.job.proof import add_contest_rows, fresh_capture_seed, hashes, make_certificate, plan_capture, save_rows
 from isologit.job.result import Clock, Findings, RunResult, build_result, inference_seconds
 from isologit.job.state import RunState, Segment, load_state
@@ -224,9 +224,11 @@ class _Job:
     def _profile(
         self, journal: Journal, engine: Engine, facts: Mapping[str, Any], phases: Mapping[str, float], segment: int
     ) -> dict[str, Any] | None:
-        """Of the last segment; None when not asked for, or when nothing was left to run in it."""
+        """Of the last segment; None when not asked for, when nothing was left to run in it, or when the backend
+        does not book its products one by one.
+        """
         steps = [step for step in journal.steps if step["segment"] == segment]
-        if not self.options.profile or not steps:
+        if not self.options.profile or not steps or not phases.keys() >= set(LAYER_PRODUCTS):
             return None
         self.observer.stage("measuring the machine")
         with torch_threads(engine.num_threads):

@@ -1,0 +1,1 @@
+"""The plain backend: LLaMA in eager torch, on any torch device. The template for further backends."""
