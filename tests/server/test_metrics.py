@@ -39,6 +39,8 @@ def test_names_types_and_the_model_label(server: Running) -> None:
         "vllm:request_success": "counter",
         "vllm:time_to_first_token_seconds": "histogram",
         "vllm:inter_token_latency_seconds": "histogram",
+        "vllm:time_per_output_token_seconds": "histogram",
+        "vllm:request_time_per_output_token_seconds": "histogram",
         "vllm:e2e_request_latency_seconds": "histogram",
         "isologit:requests_unanswered": "counter",
         "isologit:http_responses": "counter",
@@ -79,6 +81,10 @@ def test_counters_add_up_exactly(start: Callable[..., Running]) -> None:
     assert found["vllm:time_to_first_token_seconds_count"] == requests
     assert found["vllm:e2e_request_latency_seconds_count"] == requests
     assert found["vllm:inter_token_latency_seconds_count"] == steps  # without speculation a step brings one token
+    for end in ("count", "sum"):
+        name = "time_per_output_token_seconds"
+        assert found[f"vllm:{name}_{end}"] == found[f"vllm:inter_token_latency_seconds_{end}"]
+    assert 0 < found["vllm:request_time_per_output_token_seconds_count"] < requests  # not those of one token
     assert 0 < found["vllm:time_to_first_token_seconds_sum"] < found["vllm:e2e_request_latency_seconds_sum"]
 
 

@@ -158,7 +158,8 @@ def test_logprobs_are_as_many_as_asked_for(client: openai.OpenAI) -> None:
             assert len(entry.top_logprobs) == count
             for shown in (entry, *entry.top_logprobs):
                 assert shown.logprob <= 0
-                assert bytes(shown.bytes).decode(errors="replace") == shown.token
+                text = bytes(shown.bytes).decode(errors="replace")
+                assert text == shown.token or ("\ufffd" in text and shown.token.startswith("bytes:\\x"))
             values = [other.logprob for other in entry.top_logprobs]
             assert values == sorted(values, reverse=True)
     plain = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=10, temperature=0, logprobs=0).choices[0]

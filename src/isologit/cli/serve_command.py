@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,6 +55,14 @@ def serve_command(
         str | None,
         _option(_NETWORK, metavar="KEY", envvar="ISOLOGIT_API_KEY", help="Clients must send it as a bearer token."),
     ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        _option(
+            _NETWORK,
+            metavar="ORIGIN",
+            help="Pages of this origin may call from a browser; may be repeated, * is all, a JSON list works too.",
+        ),
+    ] = None,
     max_queue: Annotated[
         int, _option(_LIMITS, metavar="N", help="Requests that may wait; more are answered with 429.")
     ] = _DEFAULTS.max_queue,
@@ -78,6 +87,14 @@ def serve_command(
         str | None, _option(_ENGINE, metavar="DIR|FILE|PRESET", help="A smaller model that guesses instead.")
     ] = None,
     threads: Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")] = None,
+    plain_user_content: Annotated[
+        bool,
+        _option(
+            _ENGINE,
+            "--plain-user-content",
+            help="Encode text of a conversation as plain text: </s> in a message ends nothing.",
+        ),
+    ] = _DEFAULTS.plain_user_content,
     strict_contest: Annotated[
         bool,
         _option(_ENGINE, "--strict-contest", help="Copy the quirks of the contest's server that clients can see."),
@@ -115,6 +132,8 @@ def serve_command(
                 host=host or asked.host or _DEFAULTS.host,
                 port=next(p for p in (port, asked.port, _DEFAULTS.port) if p is not None),
                 api_key=api_key,
+                allowed_origins=_origins(allowed_origins or []),
+                plain_user_content=plain_user_content,
                 max_model_len=asked.max_model_len if max_model_len is None else max_model_len,
                 max_queue=max_queue,
                 max_body_bytes=max_body_bytes,
@@ -123,3 +142,15 @@ def serve_command(
             )
         )
     raise typer.Exit(code)
+
+
+def _origins(given: list[str]) -> tuple[str, ...]:
+    """One origin for each option; vLLM's form, a JSON list, is read as well."""
+    found: list[str] = []
+    for text in given:
+        try:
+            values = json.loads(text) if text.startswith("[") else [text]
+        except ValueError:
+            values = [text]
+        found += map(str, values)
+    return tuple(found)

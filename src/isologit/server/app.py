@@ -9,14 +9,17 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from isologit import __version__
 from isologit.engine.async_engine import ClientGoneError, EngineFailedError
 from isologit.errors import ModelError, RequestError
-from isologit.server import llm_serving, openai_api, tgi
+from isologit.server import llm_serving, openai_api, tgi, tokens_api
+from isologit.server.fields import WARNING_HEADER, FieldError
 from isologit.server.gate import Gate
-from isologit.server.responses import error_response
+from isologit.server.responses import error_response, is_openai
 from isologit.server.service import (
+    PromptTooLongError,
     QueueFullError,
     RequestTimeoutError,
     Service,
@@ -38,8 +41,17 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
         service.engine.stop()
 
     app = FastAPI(title="isologit", version=__version__, lifespan=lifespan)
-    for dialect in (llm_serving, openai_api, tgi):
+    for dialect in (llm_serving, openai_api, tgi, tokens_api):
         app.include_router(dialect.router(service))
+
+    @app.get("/ping", tags=["health"], operation_id="ping")
+    @app.post("/ping", tags=["health"], operation_id="post_ping")
+    async def ping() -> Response:
+        return Response(status_code=200 if service.engine.failed is None else 503)
+
+    @app.get("/version", tags=["health"])
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
 
     @app.get("/metrics", tags=["metrics"])
     async def metrics() -> Response:
@@ -47,6 +59,15 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
 
     _handle_errors(app)
     app.add_middleware(Gate, service=service)
+    origins = service.allowed_origins if service is not None else ()
+    if origins:  # NOTE: outside of the gate, as a browser asks for leave without the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[WARNING_HEADER],
+        )
     return app
 
 
@@ -64,19 +85,31 @@ def _handle_errors(app: FastAPI) -> None:
 
     def handler(status: int) -> Callable[[Request, Exception], Response]:
         def answer(http: Request, error: Exception) -> Response:
-            return error_response(http.url.path, status, str(error))
+            param = error.field if isinstance(error, FieldError) else None
+            return error_response(http.url.path, status, str(error), param=param)
 
         return answer
 
     for kind, status in statuses:
         app.add_exception_handler(kind, handler(status))
 
+    @app.exception_handler(PromptTooLongError)
+    async def too_long(http: Request, error: PromptTooLongError) -> Response:
+        message = str(error)
+        if not is_openai(http.url.path):  # TGI's words
+            message = (
+                f"Input validation error: `inputs` tokens + `max_new_tokens` must be <= {error.limit}. Given: "
+                f"{error.prompt_tokens} `inputs` tokens and {error.max_tokens} `max_new_tokens`"
+            )
+        return error_response(http.url.path, 400, message, code="context_length_exceeded")
+
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:
         faults = error.errors()[:_SHOWN_FAULTS]
         places = [f"{'.'.join(map(str, fault['loc'][1:]))}: {fault['msg']}" for fault in faults]
-        status = 400 if http.url.path.startswith("/v1/") else 422
-        return error_response(http.url.path, status, "; ".join(places))
+        status = 400 if is_openai(http.url.path) else 422
+        param = next((str(fault["loc"][1]) for fault in faults if len(fault["loc"]) > 1), None)
+        return error_response(http.url.path, status, "; ".join(places), param=param)
 
     @app.exception_handler(HTTPException)
     async def refused(http: Request, error: HTTPException) -> Response:

@@ -37,8 +37,6 @@ def refusal_of_headers(headers: Headers, *, has_body: bool) -> tuple[int, str] |
 
 def read_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises HTTPException (400) with the cause and, where there is one, the place."""
-    if not body.strip():
-        raise HTTPException(400, f"the body is empty; {_HINT}")
     try:
         value = json.loads(body.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -71,7 +69,10 @@ class _JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(http: Request) -> Response:
-            return await handle(_JsonRequest(http.scope, http.receive))
+            asked = _JsonRequest(http.scope, http.receive)
+            if self.body_field is not None and not await asked.body():
+                raise HTTPException(400, f"the body is empty; {_HINT}")
+            return await handle(asked)
 
         return handler
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import hmac
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from isologit.common.logs import log_error
+from isologit.server.bodies import refusal_of_headers
+from isologit.server.fields import WARNING_HEADER, WARNINGS, warning
 from isologit.server.responses import error_response
 from isologit.server.service import Service
 
-_OPEN_PATHS = frozenset({"/health"})  # no key is needed to see whether the server lives
+_OPEN_PATHS = frozenset({"/health", "/ping"})  # no key is needed to see whether the server lives
 _LONGEST_BODY_S = 30.0
 
 
@@ -42,6 +45,8 @@ class Gate:
             if not started:
                 started = True
                 self._service.metrics.responses[message["status"]] += 1
+                if unknown := scope.get(WARNINGS):
+                    message["headers"] = [*message["headers"], (WARNING_HEADER.encode(), warning(unknown))]
             await send(message)
 
         try:
@@ -55,7 +60,7 @@ class Gate:
                 await answer(scope, receive, counting)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, headers = scope["path"], dict(scope["headers"])
+        path, headers = scope["path"], Headers(scope=scope)
         refusal = self._refusal(scope["method"], path, headers)
         body: bytes | None = b""
         if refusal is None:
@@ -66,11 +71,17 @@ class Gate:
                 refusal = 408, f"the body did not arrive within {_LONGEST_BODY_S:g} s"
         if body is None:
             refusal = self._too_large()
+        elif refusal is None and scope["method"] == "POST":
+            refusal = refusal_of_headers(headers, has_body=bool(body))
         if refusal is not None:
             # NOTE: the server drops what is still on its way, so the client gets to read this
             response = error_response(path, *refusal)
-            if response.status_code == 408:
+            if refusal[0] == 408:
                 response.headers["connection"] = "close"
+            elif refusal[0] == 401:
+                response.headers["www-authenticate"] = "Bearer"
+            elif refusal[0] == 415:
+                response.headers["accept-encoding"] = "identity"
             await response(scope, receive, send)
             return
         given = False
@@ -84,15 +95,16 @@ class Gate:
 
         await self._app(scope, replaying, send)
 
-    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+    def _refusal(self, method: str, path: str, headers: Headers) -> tuple[int, str] | None:
         service = self._service
         if service.api_key is not None and path not in _OPEN_PATHS:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {service.api_key}".encode()):
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            known = scheme.lower() == "bearer"  # RFC 9110 (11.1): in any case
+            if not hmac.compare_digest(key.strip(" ").encode("latin-1"), service.api_key.encode()) or not known:
                 return 401, "the API key is missing or wrong; send Authorization: Bearer KEY"
         if method == "POST" and service.draining:
             return 503, "the server is shutting down"
-        if int(headers.get(b"content-length", b"0")) > service.limits.max_body_bytes:
+        if int(headers.get("content-length", "0")) > service.limits.max_body_bytes:
             return self._too_large()
         return None
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from isologit import __version__
 from isologit.engine.async_engine import EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
-from isologit.server.fields import ListOf
+from isologit.server.bodies import json_router
+from isologit.server.fields import CONTEST, Body, Ignored, ListOf
 from isologit.server.responses import StreamedAnswer
 from isologit.server.service import Answer, RequestTimeoutError, Service, Token
 
@@ -31,10 +32,8 @@ _MOST_TOP_K = 100
 _THEIR_VERSION = "2.3"
 
 
-class Parameters(BaseModel):
+class Parameters(Body):
     """What a client may ask for; None takes the default."""
-
-    model_config = ConfigDict(extra="ignore")
 
     do_sample: bool | None = None
     max_new_tokens: int | None = Field(default=None, ge=1)
@@ -48,10 +47,8 @@ class Parameters(BaseModel):
     stop: ListOf[str] | None = None
 
 
-class ClientRequest(BaseModel):
+class ClientRequest(Body):
     """The body of every POST."""
-
-    model_config = ConfigDict(extra="ignore")
 
     inputs: str
     parameters: Parameters | None = None
@@ -60,7 +57,7 @@ class ClientRequest(BaseModel):
 
 def router(service: Service) -> APIRouter:
     """The routes."""
-    routes = APIRouter(tags=["llm-serving"])
+    routes = json_router(tags=["llm-serving"])
 
     @routes.post("/models/{model}/generate")
     async def generate(model: str, body: ClientRequest, http: Request) -> Response:
@@ -109,9 +106,14 @@ def _event(data: Any) -> Response:
     return Response(f"data: {line}\n\n", media_type=_EVENT_STREAM)
 
 
-async def _request(service: Service, model: str, body: ClientRequest) -> GenerationRequest | tuple[str, str]:
+async def _request(
+    service: Service, model: str, body: ClientRequest, http: Request
+) -> GenerationRequest | tuple[str, str]:
     """A request that can run, or the text and reason of its refusal. Raises UnknownModelError."""
     service.check_model(model)
+    body.check_others({"model": Ignored("the path names it")}, http)
+    if body.parameters is not None:
+        body.parameters.check_others(CONTEST, http)
     params = sampling_params(body.parameters or Parameters(), service.config.vocab_size, service.strict_contest)
     service.check_capacity(1)
     ids = await service.encode(body.inputs)
@@ -165,7 +167,7 @@ def _answer(text: str, reason: str, tokens: list[dict[str, Any]], seed: int) -> 
 
 
 async def _whole(service: Service, model: str, body: ClientRequest, http: Request) -> Response:
-    request = await _request(service, model, body)
+    request = await _request(service, model, body, http)
     if isinstance(request, tuple):
         return JSONResponse(_answer(*request, [], 0))
     try:
@@ -202,7 +204,7 @@ async def _streamed(service: Service, model: str, body: ClientRequest, http: Req
     def line(inner: dict[str, Any]) -> str:
         return wrap.format(json.dumps({"event": "message", "retry": _RETRY_MS, "data": [inner]} if enclosed else inner))
 
-    request = await _request(service, model, body)
+    request = await _request(service, model, body, http)
     if isinstance(request, tuple):
         return Response(line(_answer(*request, [], 0)), media_type=_EVENT_STREAM)
     answer = service.answer([request])

@@ -52,7 +52,7 @@ class ServerMetrics(Collector):
         self.finished: Counter[str] = Counter()  # by reason
         self.unanswered = 0
         self.responses: Counter[int] = Counter()  # by HTTP status
-        self.ttft, self.itl, self.e2e = _Histogram(), _Histogram(), _Histogram()
+        self.ttft, self.itl, self.tpot, self.e2e = (_Histogram() for _ in range(4))
 
     def watch(self, num_prompt_tokens: int) -> RequestWatch:
         """Begin to time a request."""
@@ -89,6 +89,8 @@ class ServerMetrics(Collector):
         for name, text, found in (
             ("vllm:time_to_first_token_seconds", "From arrival to the first token.", self.ttft),
             ("vllm:inter_token_latency_seconds", "Between the steps that brought a request tokens.", self.itl),
+            ("vllm:time_per_output_token_seconds", "The same; the name that it had before.", self.itl),
+            ("vllm:request_time_per_output_token_seconds", "Mean of a request, its first token apart.", self.tpot),
             ("vllm:e2e_request_latency_seconds", "From arrival to the last token.", self.e2e),
         ):
             histogram = HistogramMetricFamily(name, text, labels=("model_name",))
@@ -111,7 +113,7 @@ class RequestWatch:
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
-        self._start_s = self._last_s = time.perf_counter()
+        self._start_s = self._first_s = self._last_s = time.perf_counter()
         self._first = True
         self._done = False
 
@@ -121,11 +123,16 @@ class RequestWatch:
         if delta.token_ids:
             (metrics.ttft if self._first else metrics.itl).observe(delta.at_s - self._last_s)
             metrics.generation_tokens += len(delta.token_ids)
-            self._first, self._last_s = False, delta.at_s
+            if self._first:
+                self._first, self._first_s = False, delta.at_s
+            self._last_s = delta.at_s
         if delta.output is not None:
             self._done = True
             metrics.finished[delta.output.finish_reason] += 1
             metrics.e2e.observe(delta.at_s - self._start_s)
+            rest = len(delta.output.token_ids) - 1
+            if rest > 0:
+                metrics.tpot.observe((self._last_s - self._first_s) / rest)
 
     def close(self) -> None:
         """Whatever happened, it is over."""

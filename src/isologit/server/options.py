@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from isologit.config import EngineOptions
 from isologit.errors import ConfigError
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ServerOptions:
     """What `isologit serve` can be told. Raises ConfigError for limits that no model could make sense of.
 
-    port: 0 takes any free one. max_model_len: prompt and answer of a request in tokens; None is the model's context.
+    port: 0 takes any free one. allowed_origins: of pages that may call from a browser, "*" for all. plain_user_content:
+    text of a conversation never becomes control tokens. max_model_len: prompt and answer of a request in tokens; None
+    is the model's context.
     """
 
     engine: EngineOptions = EngineOptions()  # noqa: RUF009 - frozen
@@ -20,6 +25,8 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8835
     api_key: str | None = None
+    allowed_origins: tuple[str, ...] = ()
+    plain_user_content: bool = False
     max_model_len: int | None = None
     max_queue: int = 4096
     max_body_bytes: int = 4 << 20
@@ -37,5 +44,11 @@ class ServerOptions:
             )
         if self.request_timeout_s is not None and not self.request_timeout_s > 0:
             raise ConfigError(f"--request-timeout must be above 0, not {self.request_timeout_s}")
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--allowed-origins must be * or an origin such as https://example.org, without a path, not "
+                    f"{origin!r}"
+                )
         if self.api_key == "":
             raise ConfigError("the API key is empty; give one, or leave it out")

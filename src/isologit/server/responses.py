@@ -41,13 +41,23 @@ class StreamedAnswer(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def error_response(path: str, status: int, message: str) -> Response:
-    """An error in the form of the dialect the path belongs to. ASCII: a message may quote what has no encoding."""
+def is_openai(path: str) -> bool:
+    """Whether errors at a path have OpenAI's form."""
+    return path.startswith(("/v1/", "/tokenize", "/detokenize"))
+
+
+def error_response(
+    path: str, status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> Response:
+    """An error in the form of the dialect the path belongs to. ASCII: a message may quote what has no encoding.
+
+    code, param: OpenAI's name of the error and of the field at fault.
+    """
     headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
     body: dict[str, Any]
-    if path.startswith("/v1/"):
+    if is_openai(path):
         name = "invalid_request_error" if status < 500 else "internal_error"
-        body = {"error": {"message": message, "type": name, "param": None, "code": status}}
+        body = {"error": {"message": message, "type": name, "param": param, "code": code or status}}
     elif path.startswith("/models/"):
         body = {"detail": message}
     else:

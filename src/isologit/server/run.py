@@ -32,9 +32,12 @@ _SWITCH_S = 0.0005  # how long the threads of engine and network keep each other
 
 
 def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
-    """The engine and its rules. Raises ModelError without a tokenizer, ConfigError for a length beyond the model's."""
+    """The engine and its rules. Raises ModelError without a tokenizer or with a chat template that cannot
+    be used, ConfigError for a length beyond the model's.
+    """
     if llm.tokenizer is None:
         raise ModelError("the model has no tokenizer, and a server needs one; name it with --tokenizer")
+    llm.tokenizer.check_chat_template()
     length = llm.max_model_len if options.max_model_len is None else options.max_model_len
     if length > llm.max_model_len:
         raise ConfigError(
@@ -53,6 +56,8 @@ def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
         metrics=ServerMetrics(name, engine),
         strict_contest=options.strict_contest,
         api_key=options.api_key,
+        plain_user_content=options.plain_user_content,
+        allowed_origins=options.allowed_origins,
     )
 
 

@@ -6,9 +6,13 @@ Knows neither a dialect's fields nor its errors.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from starlette.types import Receive
 
@@ -19,11 +23,27 @@ from isologit.errors import IsologitError, RequestError
 from isologit.server.metrics import ServerMetrics
 from isologit.text.tokenizer import Tokenizer
 
+ALIASES = ("tgi", "dummy")  # what clients of one model send when they must send something
 _LONG_TEXT = 4096  # characters; what is longer is made into tokens on another thread
 
 
 class RequestTimeoutError(EngineFailedError):
     """A request took longer than the server allows."""
+
+
+class PromptTooLongError(RequestError):
+    """A prompt and its answer do not fit into a request; in the words that clients of OpenAI's API look for.
+
+    prompt_tokens, max_tokens: what was asked for. limit: what fits, in tokens.
+    """
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
+        self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, you requested "
+            f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} in the completion). "
+            f"Please reduce the length of the prompt or of the completion."
+        )
 
 
 class UnknownModelError(RequestError):
@@ -76,7 +96,11 @@ class Piece:
 
 @dataclass
 class Service:
-    """The engine as the dialects see it. `names`: model names that are answered to, the first is reported."""
+    """The engine as the dialects see it.
+
+    names: what the model is called, the first of them in answers. plain_user_content: text of a conversation never
+    becomes control tokens. allowed_origins: of pages that may call from a browser; "*" is all.
+    """
 
     engine: AsyncEngine
     tokenizer: Tokenizer
@@ -86,29 +110,40 @@ class Service:
     metrics: ServerMetrics
     strict_contest: bool = False
     api_key: str | None = None
+    plain_user_content: bool = False
+    allowed_origins: Sequence[str] = ()
     draining: bool = field(default=False)
+    _num_rendering: int = field(default=0, init=False)
+    _renderer: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "isologit-chat"), init=False, repr=False
+    )
 
-    async def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    async def prompt_ids(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt. Raises RequestError when it is empty or not in the vocabulary."""
-        ids = await self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = (
+            await self.encode(prompt, add_special_tokens=add_special_tokens)
+            if isinstance(prompt, str)
+            else list(prompt)
+        )
         if not ids or prompt == "":
             raise RequestError("the prompt is empty; give at least one token")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise RequestError(f"a prompt token id is outside 0..{self.config.vocab_size - 1}")
+        self.check_ids(ids)
         return ids
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises RequestError for ids outside the vocabulary."""
+        if ids and (min(ids) < 0 or max(ids) >= self.config.vocab_size):
+            raise RequestError(f"a token id is outside 0..{self.config.vocab_size - 1}")
 
     def request(self, ids: list[int], params: SamplingParams) -> GenerationRequest:
         """A request that can run. Raises RequestError naming the limit it exceeds."""
         if len(ids) + params.max_tokens > self.limits.max_model_len:
-            raise RequestError(
-                f"{len(ids)} prompt tokens and {params.max_tokens} new ones exceed the limit of "
-                f"{self.limits.max_model_len}; shorten the prompt or ask for fewer tokens"
-            )
+            raise PromptTooLongError(len(ids), params.max_tokens, self.limits.max_model_len)
         return GenerationRequest(self.engine.new_id(), ids, params)
 
-    def check_model(self, name: str) -> None:
+    def check_model(self, name: str | None) -> None:
         """Raises UnknownModelError, naming what there is, for a model this server does not have."""
-        if name not in self.names:
+        if name is not None and name not in self.names and name not in ALIASES:
             raise UnknownModelError(f"the model {name!r} does not exist; this server has {', '.join(self.names)}")
 
     def check_capacity(self, count: int) -> None:
@@ -126,16 +161,43 @@ class Service:
         if self.engine.num_unfinished + count > most:
             raise QueueFullError(f"the queue of {self.limits.max_queue} requests is full; try again later")
 
-    async def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, without holding up other answers. Raises RequestError for text that is not Unicode."""
-        return await self._on_thread_if_long(self.tokenizer.encode, text)
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, without holding up other answers; `add_special_tokens`: with the begin token.
 
-    async def encode_without_bos(self, text: str) -> list[int]:
-        """Token ids of the text alone; as `encode` otherwise."""
-        return await self._on_thread_if_long(self.tokenizer.encode_without_bos, text)
-
-    async def _on_thread_if_long(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        Raises RequestError for text that is not Unicode.
+        """
+        encode = self.tokenizer.encode if add_special_tokens else self.tokenizer.encode_without_bos
         return encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(encode, text)
+
+    async def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False, **template: Any
+    ) -> list[int]:
+        """Token ids of a conversation; the model's template runs beside the event loop, one conversation at a time.
+
+        template: keywords of `Tokenizer.apply_chat_template`. Raises ModelError and RequestError as
+        `Tokenizer.encode_chat`, and QueueFullError when too many conversations wait.
+        """
+        if self._num_rendering > self.limits.max_queue:
+            raise QueueFullError(f"{self._num_rendering} conversations wait to be rendered; try again later")
+        render = partial(self.tokenizer.encode_chat, messages, plain_content=self.plain_user_content, **template)
+        self._num_rendering += 1
+        try:
+            ids = await asyncio.get_running_loop().run_in_executor(self._renderer, render)
+        finally:
+            self._num_rendering -= 1
+        return [*self.tokenizer.encode(""), *ids] if add_special_tokens else ids
+
+    def text_with_special_tokens(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens by the names that the vocabulary gives them."""
+        tokenizer, text = self.tokenizer, ""
+        for is_text, group in itertools.groupby(ids, tokenizer.is_text):
+            if not is_text:
+                text += "".join(map(tokenizer.token_name, group))
+            elif text:
+                text += tokenizer.inner_text(list(group))
+            else:
+                text = tokenizer.decode(group)
+        return text
 
     def answer(self, requests: Sequence[GenerationRequest], *, whole: bool = False) -> Answer:
         """Begin to answer; must be closed. whole: the answer is wanted at once, not as it grows.

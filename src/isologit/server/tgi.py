@@ -6,30 +6,31 @@ Parameters that would change an answer and are not implemented are refused, neve
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from isologit import __version__
 from isologit.engine.async_engine import EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
-from isologit.errors import RequestError
+from isologit.server.bodies import json_router
+from isologit.server.fields import TGI, Body, FieldError, Ignored
 from isologit.server.responses import StreamedAnswer
 from isologit.server.service import Answer, Service, Token
+from isologit.server.token_names import best_tokens
 
 _DEFAULT_NEW_TOKENS = 100
 _MOST_STOPS = 16
 _MOST_TOP_TOKENS = 5
-_UNSUPPORTED = ("frequency_penalty", "typical_p", "watermark", "grammar", "adapter_id", "decoder_input_details")
+_MOST_SEED_BITS = 53  # what JavaScript reads without loss
 
 
-class Parameters(BaseModel):
+class Parameters(Body):
     """TGI's parameters; None takes the default."""
-
-    model_config = ConfigDict(extra="ignore")
 
     max_new_tokens: int | None = Field(default=None, ge=1)
     do_sample: bool | None = False
@@ -44,21 +45,13 @@ class Parameters(BaseModel):
     details: bool | None = False
     top_n_tokens: int | None = Field(default=None, ge=0, le=_MOST_TOP_TOKENS)
     best_of: int | None = Field(default=None, ge=1)
-    frequency_penalty: float | None = None
-    typical_p: float | None = None
-    watermark: bool | None = False
-    grammar: Any = None
-    adapter_id: str | None = None
-    decoder_input_details: bool | None = False
     ignore_eos_token: bool | None = False
 
-    def refuse_unsupported(self) -> None:
-        """Raises RequestError for parameters that would have to change the answer."""
-        for name in _UNSUPPORTED:
-            if getattr(self, name):
-                raise RequestError(f"{name} is not supported; leave it out")
+    def check(self, http: Request) -> None:
+        """Raises FieldError for parameters that would have to change the answer."""
+        self.check_others(TGI, http)
         if (self.best_of or 1) > 1:
-            raise RequestError("best_of above 1 is not supported; leave it out")
+            raise FieldError("best_of", "best_of above 1 is not supported; leave it out")
 
     @property
     def samples(self) -> bool:
@@ -67,10 +60,8 @@ class Parameters(BaseModel):
         return bool(self.do_sample) or narrowed or self.temperature not in (None, 1.0)
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Body):
     """The body of every POST; `stream` matters at `/` only."""
-
-    model_config = ConfigDict(extra="ignore")
 
     inputs: str
     parameters: Parameters | None = None
@@ -89,10 +80,10 @@ class GenerateRequest(BaseModel):
 
 def router(service: Service) -> APIRouter:
     """The routes."""
-    routes = APIRouter(tags=["tgi"])
+    routes = json_router(tags=["tgi"])
 
     async def whole(body: GenerateRequest, http: Request) -> dict[str, Any]:
-        request = await _request(service, body)
+        request = await _request(service, body, http, shows_logprobs=bool(body.asked.details))
         [(tokens, output)] = await service.collect(http.receive, [request])
         answer: dict[str, Any] = {"generated_text": body.echoed + "".join(token.text for token in tokens)}
         if body.asked.details:
@@ -102,8 +93,8 @@ def router(service: Service) -> APIRouter:
             answer["details"] = {**_details(request, output), **shown}
         return answer
 
-    async def streamed(body: GenerateRequest) -> Response:
-        request = await _request(service, body)
+    async def streamed(body: GenerateRequest, http: Request) -> Response:
+        request = await _request(service, body, http, shows_logprobs=True)
         answer = service.answer([request])
         return StreamedAnswer(answer, _events(service, answer, request, body))
 
@@ -112,12 +103,12 @@ def router(service: Service) -> APIRouter:
         return JSONResponse(await whole(body, http))
 
     @routes.post("/generate_stream")
-    async def generate_stream(body: GenerateRequest) -> Response:
-        return await streamed(body)
+    async def generate_stream(body: GenerateRequest, http: Request) -> Response:
+        return await streamed(body, http)
 
     @routes.post("/")
     async def either(body: GenerateRequest, http: Request) -> Response:
-        return await streamed(body) if body.stream else JSONResponse([await whole(body, http)])
+        return await streamed(body, http) if body.stream else JSONResponse([await whole(body, http)])
 
     @routes.get("/info")
     async def info() -> dict[str, Any]:
@@ -147,19 +138,24 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _request(service: Service, body: GenerateRequest) -> GenerationRequest:
+async def _request(
+    service: Service, body: GenerateRequest, http: Request, *, shows_logprobs: bool
+) -> GenerationRequest:
+    """A request that can run. A seed is drawn here where tokens are drawn and none is given, so that it can be told."""
     asked = body.asked
-    asked.refuse_unsupported()
+    body.check_others({"model": Ignored("there is one model")}, http)
+    asked.check(http)
+    drawn = secrets.randbits(_MOST_SEED_BITS) if asked.samples and asked.seed is None else asked.seed
     params = SamplingParams(
         max_tokens=asked.max_new_tokens or _DEFAULT_NEW_TOKENS,
         temperature=(asked.temperature or 1.0) if asked.samples else 0.0,
         top_k=asked.top_k or 0,
         top_p=asked.top_p or 1.0,
         repetition_penalty=asked.repetition_penalty or 1.0,
-        seed=asked.seed,
+        seed=drawn,
         stop=tuple(stop for stop in asked.stop or () if stop),
         ignore_eos=bool(asked.ignore_eos_token),
-        logprobs=asked.top_n_tokens or 0,
+        logprobs=asked.top_n_tokens or 0 if shows_logprobs else None,
     )
     service.check_capacity(1)
     ids = await service.prompt_ids(body.inputs)
@@ -173,7 +169,7 @@ def _token(service: Service, token: Token) -> dict[str, Any]:
 
 def _top_tokens(service: Service, token: Token, count: int) -> list[dict[str, Any]]:
     """The most likely tokens in place of this one, the likeliest first."""
-    best = sorted((token.logprobs or {}).items(), key=lambda item: -item[1])[:count]
+    best = best_tokens(token.logprobs or {}, count)
     return [_token(service, _candidate(service, i, value)) for i, value in best]
 
 
