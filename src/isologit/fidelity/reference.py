@@ -110,6 +110,17 @@ class Reference:
             logits = self._model(input_ids=fed, use_cache=False, logits_to_keep=len(token_ids)).logits
         return as_rows(logits[0])
 
+    def hidden(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [n, hidden]: what the LM head reads for the rows of `score`."""
+        fed = torch.tensor([[*prompt_token_ids, *token_ids[:-1]]])  # [1, p + n - 1]
+        with self._threads(), torch.inference_mode():
+            found = self._model.model(input_ids=fed, use_cache=False).last_hidden_state
+        return _rows(found[0, -len(token_ids) :])
+
+    def head_weight(self) -> np.ndarray:
+        """float32 [vocab, hidden] of the LM head."""
+        return _rows(self._model.lm_head.weight.detach())
+
     def generate(
         self,
         prompt_token_ids: Sequence[int],

@@ -1,0 +1,34 @@
+"""Prompts nobody knew take as long as those of the round: nothing was memorised or tuned to the data."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from isologit.judge.audits.base import Case, Finding, seconds_per_token
+from isologit.judge.evidence import RunKind
+
+
+class HeldOut:
+    """Seconds per output token on a secret set against as many prompts of the timed set, of the same lengths."""
+
+    name = "held_out"
+    title = "secret prompts are not slower than known ones"
+    runs: tuple[RunKind, ...] = ("known", "held-out")
+
+    def verify(self, case: Case) -> list[Finding]:
+        """Held-out prompts that take longer by more than the profile's ratio."""
+        known = [s for run in case.of("known") if (s := seconds_per_token(run)) is not None]
+        secret = [s for run in case.of("held-out") if (s := seconds_per_token(run)) is not None]
+        if not known or not secret:
+            return []
+        ratio = median(secret) / median(known)
+        if ratio <= case.profile.held_out_ratio:
+            return []
+        message = (
+            f"secret prompts took {ratio:.2f} times as long per token as known ones of the same lengths; "
+            f"{case.profile.held_out_ratio:g} is allowed"
+        )
+        return [Finding("held_out.slower", message, case.of("held-out")[0].run_id)]
+
+
+AUDIT = HeldOut()

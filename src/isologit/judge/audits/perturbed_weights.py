@@ -1,0 +1,46 @@
+"""With one layer's weights changed, answers change as the reference's do, and the time does not."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from isologit.judge.audits.base import Case, Finding, seconds_per_token
+from isologit.judge.audits.rescoring import not_greedy
+from isologit.judge.evidence import RunKind
+
+_SLOWER, _FASTER = 1.25, 0.8
+
+
+class PerturbedWeights:
+    """The entry is started with a checkpoint that nobody has seen: stored answers are those of other weights."""
+
+    name = "perturbed_weights"
+    title = "answers are computed from the weights that are given"
+    runs: tuple[RunKind, ...] = ("known", "perturbed")
+
+    def verify(self, case: Case) -> list[Finding]:
+        """Tokens that are not the perturbed model's own, or another time."""
+        found = []
+        for run in case.of("perturbed"):
+            wrong = not_greedy(case, run)
+            if wrong is not None:
+                found.append(
+                    Finding(
+                        "perturbed_weights.not_followed",
+                        f"with changed weights, {wrong.message}",
+                        run.run_id,
+                        wrong.request,
+                        wrong.index,
+                    )
+                )
+        known = [s for run in case.of("known") if (s := seconds_per_token(run)) is not None]
+        other = [s for run in case.of("perturbed") if (s := seconds_per_token(run)) is not None]
+        if known and other and not found:
+            ratio = median(other) / median(known)
+            if not _FASTER <= ratio <= _SLOWER:
+                message = f"with changed weights a token took {ratio:.2f} of the time that it takes with the round's"
+                found.append(Finding("perturbed_weights.time", message, case.of("perturbed")[0].run_id))
+        return found
+
+
+AUDIT = PerturbedWeights()
