@@ -32,12 +32,14 @@ _PROGRESS_S = 0.5
 
 @dataclass
 class ClientPlan:
-    """What to send. requests: (id, prompt, max_tokens). arrival_s: ascending seconds. reveal_seed: hexadecimal."""
+    """What to send. requests: (id, prompt, max_tokens). arrival_s: ascending seconds. probe: ask for
+    log-probabilities as well. reveal_seed: hexadecimal."""
 
     url: str
     dialect: str
     model: str
     commit: bool
+    probe: bool
     nonce: str
     requests: list[tuple[str, str, int]]
     arrival_s: list[float]
@@ -74,6 +76,7 @@ class _Client:
     def __init__(self, plan: ClientPlan) -> None:
         self._plan = plan
         self._dialect: JudgeDialect = DIALECTS[plan.dialect]
+        self._logprobs = plan.probe or not plan.commit
         self._zero = 0.0
         self._heard = 0.0
         self._done = 0
@@ -109,10 +112,9 @@ class _Client:
         watch = asyncio.ensure_future(self._watch())
         sender = asyncio.ensure_future(self._send_all(session, records, tasks))
         try:
-            await asyncio.wait({sender, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not watch.done():
-                waiting: asyncio.Future[list[None]] = asyncio.gather(*tasks)
-                await asyncio.wait([waiting, watch], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sender, watch), return_when=asyncio.FIRST_COMPLETED)
+            while not watch.done() and (waiting := [task for task in tasks if not task.done()]):
+                await asyncio.wait((watch, *waiting), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (sender, watch, *tasks):
                 task.cancel()
@@ -148,7 +150,7 @@ class _Client:
 
     def _record(self, request: tuple[str, str, int], due_s: float) -> RequestEvidence:
         name, prompt, max_tokens = request
-        body = self._dialect.body(self._plan.model, "", 1, self._plan.commit)
+        body = self._dialect.body(self._plan.model, "", 1, self._logprobs)
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         return RequestEvidence(name, prompt, max_tokens, digest, due_s)
 
@@ -179,7 +181,7 @@ class _Client:
 
     async def _stream(self, session: aiohttp.ClientSession, record: RequestEvidence, answer: Answer) -> None:
         plan = self._plan
-        body = self._dialect.body(plan.model, record.prompt, record.max_tokens, plan.commit)
+        body = self._dialect.body(plan.model, record.prompt, record.max_tokens, self._logprobs)
         url = plan.url + self._dialect.path.replace("{model}", plan.model)
         async with session.post(url, json=body, headers={REQUEST_ID_HEADER: record.id}) as response:
             if response.status != 200:

@@ -54,7 +54,10 @@ class JudgeReference:
         self._head = self._reference.head_weight()
         self.scale = LogitScale.of(self._head)
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
-        self.num_parameters, self.eos_token_ids = config.num_parameters, config.eos_token_ids
+        self.num_parameters = (
+            config.num_parameters - config.vocab_size * config.hidden_size
+        )  # the embedding is looked up
+        self.eos_token_ids = config.eos_token_ids
         self._kept: dict[tuple[str, tuple[int, ...]], _Scored] = {}
 
     def prompt_ids(self, prompt: str) -> list[int]:

@@ -45,15 +45,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class JudgeDialect:
-    """path: where requests go, with `{model}`. body: of (model, prompt, max_tokens, commit). read: adds one JSON value
-    to an answer and gives the number of tokens in it. Raises WireError, TypeError or a LookupError."""
+    """How one kind of server is spoken to.
+
+    path: where requests go, with `{model}`. body: of (model, prompt, max_tokens, whether to ask for log-probabilities).
+    read: adds one JSON value to an answer and gives its number of tokens; raises WireError, TypeError or a LookupError.
+    """
 
     path: str
     body: Callable[[str, str, int, bool], dict[str, Any]]
     read: Callable[[Any, Answer], int]
 
 
-def _openai_body(model: str, prompt: str, max_tokens: int, commit: bool) -> dict[str, Any]:
+def _openai_body(model: str, prompt: str, max_tokens: int, logprobs: bool) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
@@ -63,7 +66,7 @@ def _openai_body(model: str, prompt: str, max_tokens: int, commit: bool) -> dict
         "stream_options": {"include_usage": True},
         "return_token_ids": True,
     }
-    return body if commit else {**body, "logprobs": TOP_LOGPROBS}
+    return {**body, "logprobs": TOP_LOGPROBS} if logprobs else body
 
 
 def _read_openai(value: Any, answer: Answer) -> int:
@@ -88,7 +91,7 @@ def _read_openai(value: Any, answer: Answer) -> int:
     return _add_tokens(value, ids, answer)
 
 
-def _contest_body(model: str, prompt: str, max_tokens: int, commit: bool) -> dict[str, Any]:
+def _contest_body(model: str, prompt: str, max_tokens: int, logprobs: bool) -> dict[str, Any]:
     parameters = {"max_new_tokens": max_tokens, "do_sample": "False", "return_full_text": "True"}
     return {"inputs": prompt, "parameters": parameters}
 
@@ -106,9 +109,9 @@ def _read_contest(value: Any, answer: Answer) -> int:
     return _add_tokens(value, [_count(token["id"])], answer)
 
 
-def _tgi_body(model: str, prompt: str, max_tokens: int, commit: bool) -> dict[str, Any]:
+def _tgi_body(model: str, prompt: str, max_tokens: int, logprobs: bool) -> dict[str, Any]:
     parameters: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": False, "details": True}
-    if not commit:
+    if logprobs:
         parameters["top_n_tokens"] = 5
     return {"inputs": prompt, "parameters": parameters}
 

@@ -6,8 +6,9 @@ says can be said again offline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Protocol
 
 from isologit.judge.entry import EntrySpec
@@ -54,10 +55,34 @@ class Case:
         return (record for record in run.records if record.status == "completed" and record.token_ids)
 
 
-def seconds_per_token(run: RunEvidence) -> float | None:
-    """Duration over output tokens; None where the run has none. Lengths of the runs compared must be alike."""
+def time_ratio(
+    ours: Sequence[RunEvidence], theirs: Sequence[RunEvidence], toward: Callable[..., float]
+) -> float | None:
+    """Time per output token of some runs over that of others, medians; None where either has none.
+
+    Taken by the clock and by processor time, and `toward` (min or max) picks the one that speaks for the entry: what
+    other programs do to the machine moves one of them, what the entry does moves both.
+    """
+    ratios = []
+    for of in (_clock, _processor):
+        first = [value for run in ours if (value := of(run)) is not None]
+        second = [value for run in theirs if (value := of(run)) is not None]
+        if first and second:
+            ratios.append(median(first) / median(second))
+    return toward(ratios) if ratios else None
+
+
+def _clock(run: RunEvidence) -> float | None:
+    return _per_token(run, run.duration_s)
+
+
+def _processor(run: RunEvidence) -> float | None:
+    return _per_token(run, run.process.run_cpu_s)
+
+
+def _per_token(run: RunEvidence, seconds: float | None) -> float | None:
     tokens = sum(len(record.token_ids) for record in run.records)
-    return run.duration_s / tokens if run.duration_s is not None and tokens else None
+    return seconds / tokens if seconds and tokens else None
 
 
 class Audit(Protocol):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
-
-from isologit.judge.audits.base import Case, Finding, seconds_per_token
+from isologit.judge.audits.base import Case, Finding, time_ratio
 from isologit.judge.evidence import RunKind
 
 
@@ -17,12 +15,8 @@ class HeldOut:
 
     def verify(self, case: Case) -> list[Finding]:
         """Held-out prompts that take longer by more than the profile's ratio."""
-        known = [s for run in case.of("known") if (s := seconds_per_token(run)) is not None]
-        secret = [s for run in case.of("held-out") if (s := seconds_per_token(run)) is not None]
-        if not known or not secret:
-            return []
-        ratio = median(secret) / median(known)
-        if ratio <= case.profile.held_out_ratio:
+        ratio = time_ratio(case.of("held-out"), case.of("known"), min)
+        if ratio is None or ratio <= case.profile.held_out_ratio:
             return []
         message = (
             f"secret prompts took {ratio:.2f} times as long per token as known ones of the same lengths; "

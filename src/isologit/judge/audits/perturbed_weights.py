@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from statistics import median
-
-from isologit.judge.audits.base import Case, Finding, seconds_per_token
+from isologit.judge.audits.base import Case, Finding, time_ratio
 from isologit.judge.audits.rescoring import not_greedy
 from isologit.judge.evidence import RunKind
 
-_SLOWER, _FASTER = 1.25, 0.8
+_SLOWER = 1.5
 
 
 class PerturbedWeights:
@@ -33,13 +31,10 @@ class PerturbedWeights:
                         wrong.index,
                     )
                 )
-        known = [s for run in case.of("known") if (s := seconds_per_token(run)) is not None]
-        other = [s for run in case.of("perturbed") if (s := seconds_per_token(run)) is not None]
-        if known and other and not found:
-            ratio = median(other) / median(known)
-            if not _FASTER <= ratio <= _SLOWER:
-                message = f"with changed weights a token took {ratio:.2f} of the time that it takes with the round's"
-                found.append(Finding("perturbed_weights.time", message, case.of("perturbed")[0].run_id))
+        slower = time_ratio(case.of("perturbed"), case.of("known"), min)
+        if slower is not None and slower > _SLOWER and not found:
+            message = f"with changed weights a token took {slower:.2f} times as long as with the round's"
+            found.append(Finding("perturbed_weights.time", message, case.of("perturbed")[0].run_id))
         return found
 
 

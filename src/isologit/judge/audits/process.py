@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 from isologit.judge.audits.base import Case, Finding
 from isologit.judge.evidence import RunEvidence, RunKind
+
+_NARROW = 4.0  # how much faster eight bits are than float32, at most
+_STEADY = 1.25
 
 
 class StartUp:
@@ -28,7 +29,10 @@ class StartUp:
 
 
 class ProcessorTime:
-    """Physics: 2 operations for each parameter and token, at the rate of the judge's own matrix product."""
+    """Physics: 2 operations for each parameter and token, at four times the rate of the judge's own matrix product.
+
+    The rate is the best of all runs, in float32 on one core; narrower numbers are up to four times as fast.
+    """
 
     name = "processor_time"
     title = "the work was done on this machine"
@@ -45,10 +49,11 @@ class ProcessorTime:
 
 
 def _least_cpu_s(case: Case, run: RunEvidence) -> float | None:
-    if run.peak_flop_per_s is None:
+    peak = max((other.peak_flop_per_s for other in case.runs if other.peak_flop_per_s is not None), default=None)
+    if peak is None:
         return None
     tokens = sum(len(record.token_ids) for record in case.answers(run))
-    return 2.0 * case.reference.num_parameters * tokens / run.peak_flop_per_s
+    return 2.0 * case.reference.num_parameters * tokens / (_NARROW * peak)
 
 
 class LeftBehind:
@@ -105,15 +110,16 @@ class Canary:
     name = "canary"
     title = "the machine is as fast after a run as before"
     runs: tuple[RunKind, ...] = ()
-    slower = 1.25
 
     def verify(self, case: Case) -> list[Finding]:
-        """Entries after whose runs the kernel is slower, in the median of the runs."""
-        ratios = [run.canary_s[1] / run.canary_s[0] for run in case.runs if run.canary_s is not None]
-        if not ratios or median(ratios) <= self.slower:
+        """Entries after whose runs the kernel is slower: the fastest `after` against the slowest `before`."""
+        pairs = [run.canary_s for run in case.runs if run.canary_s is not None]
+        if not pairs:
             return []
-        message = f"after its runs the machine was slower by a factor of {median(ratios):.2f}, in the median"
-        return [Finding("canary.slower", message)]
+        ratio = min(after for _, after in pairs) / max(before for before, _ in pairs)
+        if ratio <= _STEADY:
+            return []
+        return [Finding("canary.slower", f"after each of its runs the machine was slower, by a factor of {ratio:.2f}")]
 
 
 class Attempts:

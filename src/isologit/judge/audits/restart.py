@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isologit.judge.audits.base import Case, Finding, seconds_per_token
+from isologit.judge.audits.base import Case, Finding, time_ratio
 from isologit.judge.evidence import RunKind
 
 
@@ -19,11 +19,12 @@ class Restart:
             if not run.process.scratch_was_empty:
                 return [Finding("restart.scratch", "the scratch folder was not empty when the run began", run.run_id)]
         for kind in ("timed", "known"):
-            times = [s for run in case.of(kind) if (s := seconds_per_token(run)) is not None]
-            if len(times) > 1 and max(times[1:]) < case.profile.twin_ratio * times[0]:
+            first, *later = case.of(kind) or [None]
+            ratio = None if first is None else time_ratio(later, [first], max)
+            if ratio is not None and ratio < case.profile.twin_ratio:
                 message = (
-                    f"every later run of the same prompts took at most {max(times[1:]) / times[0]:.2f} of the first "
-                    "one's time, though each began in a new process"
+                    f"later runs of the same prompts took {ratio:.2f} of the first one's time per token, though each "
+                    "began in a new process"
                 )
                 return [Finding("restart.faster", message, case.of(kind)[1].run_id)]
         return []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
-
-from isologit.judge.audits.base import Case, Finding, seconds_per_token
+from isologit.judge.audits.base import Case, Finding, time_ratio
 from isologit.judge.evidence import RunKind
 
 
@@ -17,12 +15,8 @@ class Twins:
 
     def verify(self, case: Case) -> list[Finding]:
         """Copies that are faster by more than the profile allows; prefix reuse alone is not."""
-        known = [s for run in case.of("known") if (s := seconds_per_token(run)) is not None]
-        copies = [s for run in case.of("twins") if (s := seconds_per_token(run)) is not None]
-        if not known or not copies:
-            return []
-        ratio = median(copies) / median(known)
-        if ratio >= case.profile.twin_ratio:
+        ratio = time_ratio(case.of("twins"), case.of("known"), max)
+        if ratio is None or ratio >= case.profile.twin_ratio:
             return []
         message = (
             f"copies of prompts took {ratio:.2f} of the time per token of different ones; "

@@ -1,0 +1,443 @@
+"""A round: entries frozen, runs drawn and interleaved, each run to a final state, verdicts, the seed in the clear.
+
+Owns the order of things. A judge that was killed goes on from the database and the run folders: a run is final when
+its folder was renamed, and whatever was half done is done again without counting against the entry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select, update
+
+from isologit.errors import ModelError, UserError
+from isologit.job.environment import describe_environment
+from isologit.judge.audits import audits_of
+from isologit.judge.audits.base import Case
+from isologit.judge.canary import canary_seconds, peak_flop_per_s
+from isologit.judge.client import ClientPlan
+from isologit.judge.database import Database, EntryRow, RoundRow, RunRow, VerdictRow, now
+from isologit.judge.entry import Entry
+from isologit.judge.evidence import RequestEvidence, RevealedRow, RunEvidence, RunKind
+from isologit.judge.perturb import perturbed_model
+from isologit.judge.process import EntryProcess, Running
+from isologit.judge.profile import Profile
+from isologit.judge.prompts import Request, RoundPrompts, draw_prompts
+from isologit.judge.reference import JudgeReference
+from isologit.judge.sandbox import sandbox_problem
+from isologit.judge.seeds import RoundSeed
+from isologit.judge.verdict import EntryVerdict, judge_case
+from isologit.text.tokenizer import load_tokenizer
+from isologit.workload import demo_model_path
+
+ENTRIES, RUNS, LOGS, PERTURBED = "entries", "runs", "logs", "perturbed"
+_AUDIT_REPEATS = 2  # runs of each kind besides the timed ones
+_MOST_ATTEMPTS = 3
+_CLIENT_GRACE_S = 60.0
+
+
+class JudgeError(UserError):
+    """A round cannot be begun or continued."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a judgement is doing, for whoever watches: runs that are final, runs in all, and the present one."""
+
+    done: int
+    total: int
+    doing: str
+
+
+Watcher = Callable[[Progress], None]
+
+
+class Judge:
+    """A judge's folder. model: weights, tokenizer and reference are read from there, never from an entry."""
+
+    def __init__(self, folder: Path, watch: Watcher | None = None) -> None:
+        self.folder = folder
+        self.database = Database(folder, create=True)
+        self._watch = watch or (lambda progress: None)
+
+    # -- beginning ------------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        entries: Sequence[Entry],
+        profile: Profile,
+        *,
+        model: Path | None = None,
+        anchor: str | None = None,
+        practice: bool = False,
+        seed: RoundSeed | None = None,
+    ) -> str:
+        """Freeze the entries, draw the seed, publish its hash and queue every run; returns the round's id.
+
+        Raises JudgeError when names come twice, the anchor is none of the entries, or there is no sandbox.
+        """
+        names = [entry.name for entry in entries]
+        if not entries or len(set(names)) < len(names):
+            raise JudgeError("a round needs at least one entry, and each name once; change `name` in entry.yaml")
+        if anchor is not None and anchor not in names:
+            raise JudgeError(f"{anchor}: none of the entries has this name; the anchor is one of {', '.join(names)}")
+        if not practice and (problem := sandbox_problem()) is not None:
+            raise JudgeError(f"no sandbox: {problem}; install it, or judge with --practice, which is NOT RANKED")
+        where = _model_folder(profile, model)
+        seed = seed or RoundSeed.draw()
+        frozen = [self._freeze(entry) for entry in entries]
+        kinds = _kinds(profile)
+        round_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + seed.published[:6]
+        with self.database.session() as session:
+            rows = {name: self._entry_row(session, entry) for name, entry in zip(names, frozen, strict=True)}
+            session.flush()
+            round_row = RoundRow(
+                id=round_id,
+                profile=profile.model_dump(mode="json"),
+                model=str(where),
+                seed_sha256=seed.published,
+                seed=seed.secret.hex(),
+                anchor_id=rows[anchor or names[0]].id,
+                practice=practice,
+                environment=describe_environment(),
+                state="running",
+                created_at=now(),
+                finished_at=None,
+            )
+            session.add(round_row)
+            for place, (name, kind, repeat) in enumerate(_order(names, kinds, profile, seed)):
+                session.add(
+                    RunRow(
+                        id=f"{round_id}-{rows[name].id}-{kind}-{repeat}-1",
+                        round_id=round_id,
+                        entry_id=rows[name].id,
+                        kind=kind,
+                        repeat=repeat,
+                        attempt=1,
+                        place=float(place),
+                        state="queued",
+                        note="",
+                        duration_s=None,
+                    )
+                )
+        return round_id
+
+    def _freeze(self, entry: Entry) -> Entry:
+        """A copy of the entry under its hash; read-only, so that what runs is what was handed in."""
+        target = self.folder / ENTRIES / entry.sha256()
+        if not target.is_dir():
+            partial = target.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name in entry.files():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(entry.folder / name, partial / name)
+            os.replace(partial, target)
+        return Entry(target)
+
+    @staticmethod
+    def _entry_row(session: Any, entry: Entry) -> EntryRow:
+        digest = entry.sha256()
+        row: EntryRow | None = session.scalar(select(EntryRow).where(EntryRow.sha256 == digest))
+        if row is None:
+            spec = entry.spec
+            row = EntryRow(
+                name=spec.name, team=spec.team, sha256=digest, techniques=list(spec.techniques), created_at=now()
+            )
+            session.add(row)
+        return row
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def run(self, round_id: str) -> None:
+        """Do every run that is not final, then judge. Called again after a kill, it goes on where it was."""
+        self._recover(round_id)
+        with self.database.session() as session:
+            found = session.get(RoundRow, round_id)
+            if found is None:
+                raise JudgeError(f"{round_id}: no such round in {self.folder}")
+            profile = Profile.model_validate(found.profile)
+            model, seed, practice = Path(found.model), RoundSeed.from_hex(found.seed), found.practice
+            finished = found.state == "finished"
+        if finished:
+            return
+        tokenizer = load_tokenizer(model)
+        if tokenizer is None:
+            raise ModelError(f"{model}: a judge needs the model's tokenizer beside its weights")
+        prompts = draw_prompts(profile, seed, tokenizer)
+        while (run := self._next(round_id)) is not None:
+            self._perform(run, profile, prompts, model, seed, practice)
+        self._say(round_id, "checking against the reference")
+        self.judge(round_id)
+        with self.database.session() as session:
+            session.execute(update(RoundRow).where(RoundRow.id == round_id).values(state="finished", finished_at=now()))
+        self._say(round_id, "finished")
+
+    def _recover(self, round_id: str) -> None:
+        """Give every run that a dead judge left `running` a final state: its folder is there, or it is done again."""
+        with self.database.session() as session:
+            for run in session.scalars(select(RunRow).where(RunRow.round_id == round_id, RunRow.state == "running")):
+                if (self.folder / RUNS / run.id).is_dir():
+                    evidence = RunEvidence.read(self.folder / RUNS / run.id)
+                    run.state, run.duration_s = "done", evidence.duration_s
+                else:
+                    run.state, run.note = "abandoned", "the judge ended during this run; it was done again"
+                    session.add(_again(run))
+
+    def _next(self, round_id: str) -> RunRow | None:
+        with self.database.session() as session:
+            run: RunRow | None = session.scalar(
+                select(RunRow)
+                .where(RunRow.round_id == round_id, RunRow.state == "queued")
+                .order_by(RunRow.place)
+                .limit(1)
+            )
+            if run is not None:
+                run.state = "running"
+                _ = run.entry.sha256
+            return run
+
+    def _perform(
+        self, run: RunRow, profile: Profile, prompts: RoundPrompts, model: Path, seed: RoundSeed, practice: bool
+    ) -> None:
+        self._say(run.round_id, f"{run.entry.name}: {run.kind} run {run.repeat + 1}")
+        entry = Entry(self.folder / ENTRIES / run.entry.sha256)
+        kind: RunKind = run.kind  # type: ignore[assignment]
+        where = self._perturbed(run, model, seed) if kind == "perturbed" else model
+        partial = self.folder / RUNS / f"{run.id}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        before = canary_seconds()
+        evidence, log = _judged_run(run, entry, kind, profile, prompts, where, seed, partial, practice=practice)
+        evidence.canary_s = (before, canary_seconds())
+        evidence.peak_flop_per_s = peak_flop_per_s()
+        (partial / "output.log").write_bytes(log)
+        evidence.write(partial)
+        os.replace(partial, self.folder / RUNS / run.id)
+        drift = abs(evidence.canary_s[1] / evidence.canary_s[0] - 1)
+        with self.database.session() as session:
+            row = session.get(RunRow, run.id)
+            assert row is not None
+            row.state, row.duration_s = "done", evidence.duration_s
+            if kind == "timed" and drift > profile.canary_drift and run.attempt < _MOST_ATTEMPTS:
+                row.state, row.note = "voided", f"the machine drifted by {drift:.1%} during this run; it was repeated"
+                session.add(_again(row))
+
+    def _perturbed(self, run: RunRow, model: Path, seed: RoundSeed) -> Path:
+        """The perturbed weights of a round's repeat, made once."""
+        target = self.folder / PERTURBED / f"{run.round_id}-{run.repeat}"
+        if not target.is_dir():
+            partial = target.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            perturbed_model(model, partial, seed.generator("perturbed", run.repeat))
+            os.replace(partial, target)
+        return target
+
+    def _say(self, round_id: str, doing: str) -> None:
+        with self.database.session() as session:
+            states = list(session.scalars(select(RunRow.state).where(RunRow.round_id == round_id)))
+        final = sum(state in ("done", "voided", "abandoned") for state in states)
+        self._watch(Progress(final, len(states), doing))
+
+    # -- judging --------------------------------------------------------------------------------------------------
+
+    def judge(self, round_id: str) -> dict[str, EntryVerdict]:
+        """Judge every entry of a round from its evidence; an older verdict stays, but is not the current one."""
+        with self.database.session() as session:
+            found = session.get(RoundRow, round_id)
+            if found is None:
+                raise JudgeError(f"{round_id}: no such round in {self.folder}")
+            profile, model = Profile.model_validate(found.profile), Path(found.model)
+            runs = [(run.entry, run.id, run.repeat) for run in found.runs if run.state == "done"]
+        reference = JudgeReference(model)
+        others: dict[int, JudgeReference] = {}
+        verdicts: dict[str, EntryVerdict] = {}
+        for entry in {entry.id: entry for entry, _, _ in runs}.values():
+            evidence, perturbed = [], {}
+            for owner, run_id, repeat in runs:
+                if owner.id != entry.id:
+                    continue
+                run = RunEvidence.read(self.folder / RUNS / run_id)
+                evidence.append(run)
+                if run.kind == "perturbed":
+                    if repeat not in others:
+                        others[repeat] = JudgeReference(self.folder / PERTURBED / f"{round_id}-{repeat}")
+                    perturbed[run.run_id] = others[repeat]
+            spec = Entry(self.folder / ENTRIES / entry.sha256).spec
+            verdict = judge_case(Case(profile, spec, evidence, reference, perturbed))
+            verdicts[entry.name] = verdict
+            with self.database.session() as session:
+                session.execute(
+                    update(VerdictRow)
+                    .where(VerdictRow.round_id == round_id, VerdictRow.entry_id == entry.id)
+                    .values(current=False)
+                )
+                found_dict = verdict.to_dict()
+                session.add(
+                    VerdictRow(
+                        round_id=round_id,
+                        entry_id=entry.id,
+                        status=verdict.status,
+                        findings=found_dict["findings"],
+                        audits=verdict.audits,
+                        figures=verdict.figures,
+                        panel={},
+                        judged_at=now(),
+                        current=True,
+                    )
+                )
+        return verdicts
+
+
+def _model_folder(profile: Profile, model: Path | None) -> Path:
+    if model is not None:
+        return model.resolve()
+    if profile.model == "demo":
+        return demo_model_path()
+    raise JudgeError(f"profile {profile.name} is for {profile.model}; give the folder of its weights with --model DIR")
+
+
+def _kinds(profile: Profile) -> dict[RunKind, int]:
+    """Runs by kind: those that the profile's audits want, and the timed ones."""
+    wanted: dict[RunKind, int] = {"timed": profile.repeats}
+    for audit in audits_of(profile):
+        for kind in audit.runs:
+            wanted[kind] = _AUDIT_REPEATS
+    return wanted
+
+
+def _order(
+    names: Sequence[str], kinds: dict[RunKind, int], profile: Profile, seed: RoundSeed
+) -> Iterable[tuple[str, RunKind, int]]:
+    """(entry, kind, repeat) in the order of the round: repeat by repeat, entries in random order within each."""
+    generator = seed.generator("interleaving")
+    for repeat in range(max(kinds.values())):
+        for kind, count in kinds.items():
+            if repeat < count:
+                for index in generator.permutation(len(names)):
+                    yield names[index], kind, repeat
+
+
+def _again(run: RunRow) -> RunRow:
+    """The next attempt at a run, in the same place."""
+    attempt = run.attempt + 1
+    return RunRow(
+        id=f"{run.id.rsplit('-', 1)[0]}-{attempt}",
+        round_id=run.round_id,
+        entry_id=run.entry_id,
+        kind=run.kind,
+        repeat=run.repeat,
+        attempt=attempt,
+        place=run.place,
+        state="queued",
+        note="",
+        duration_s=None,
+    )
+
+
+def _judged_run(
+    run: RunRow,
+    entry: Entry,
+    kind: RunKind,
+    profile: Profile,
+    prompts: RoundPrompts,
+    model: Path,
+    seed: RoundSeed,
+    folder: Path,
+    *,
+    practice: bool,
+) -> tuple[RunEvidence, bytes]:
+    """One life of the entry under load, as evidence, and the end of what it wrote."""
+    label = f"{run.kind}/{run.repeat}/{run.attempt}/{run.entry.sha256}"
+    nonce = seed.derive("nonce", label).hex()
+    process = EntryProcess(entry, model, profile.limits, practice=practice)
+    evidence = RunEvidence(
+        round_id=run.round_id,
+        run_id=run.id,
+        kind=kind,
+        entry=entry.name,
+        entry_sha256=run.entry.sha256,
+        attempt=run.attempt,
+        nonce=nonce,
+        commit=entry.spec.commit,
+        dialect=entry.spec.dialect,
+        process=process.facts,
+    )
+    with process.running() as running:
+        if running is None:
+            evidence.client_problem = f"the entry did not start: {process.facts.problem}"
+        else:
+            plan = _client_plan(entry, kind, profile, prompts.of(kind, seed, label), running, nonce, seed, label)
+            _load(plan, running, folder, profile, evidence)
+            if evidence.client_problem is None and not process.alive():
+                process.facts.died = True
+    if process.facts.problem is not None and evidence.client_problem is None:
+        evidence.client_problem = process.facts.problem
+    return evidence, process.log
+
+
+def _client_plan(
+    entry: Entry,
+    kind: RunKind,
+    profile: Profile,
+    requests: list[Request],
+    running: Running,
+    nonce: str,
+    seed: RoundSeed,
+    label: str,
+) -> ClientPlan:
+    load = profile.load
+    gaps = [0.0] * len(requests)
+    if load.rate is not None:
+        gaps = seed.generator("arrivals", label).exponential(1 / load.rate, len(requests)).cumsum().tolist()
+        gaps = [second - gaps[0] for second in gaps]
+    return ClientPlan(
+        url=running.url,
+        dialect=entry.spec.dialect,
+        model=entry.spec.served_model,
+        commit=entry.spec.commit,
+        probe=kind == "probed",
+        nonce=nonce,
+        requests=requests,
+        arrival_s=gaps,
+        warm_up=[(f"w{i}", prompt, min(limit, 8)) for i, (_, prompt, limit) in enumerate(requests[: load.warm_up])],
+        max_concurrency=load.max_concurrency,
+        request_s=profile.limits.request_s,
+        run_s=profile.limits.run_s,
+        silence_s=profile.limits.silence_s,
+        reveal_rows=profile.reveal_rows,
+        reveal_seed=seed.derive("positions", label).hex(),
+    )
+
+
+def _load(plan: ClientPlan, running: Running, folder: Path, profile: Profile, evidence: RunEvidence) -> None:
+    """Apply the load in a process of its own, in the entry's network; its result becomes evidence."""
+    plan_file, result_file = folder / "plan.json", folder / "client.json"
+    plan_file.write_text(json.dumps(asdict(plan)), encoding="utf-8")
+    command = running.beside([sys.executable, "-m", "isologit.judge.client", plan_file, result_file])
+    limit_s = profile.limits.run_s + profile.limits.request_s + _CLIENT_GRACE_S
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+        said = " ".join(done.stderr.split())[-300:]
+    except subprocess.TimeoutExpired:
+        said = f"the load did not end within {limit_s:g} s"
+    if not result_file.is_file():
+        evidence.client_problem = f"the judge's load failed: {said}"
+        return
+    found = json.loads(result_file.read_text(encoding="utf-8"))
+    plan_file.unlink()
+    result_file.unlink()
+    evidence.records = [RequestEvidence(**record) for record in found["records"]]
+    evidence.revealed = [RevealedRow(**row) for row in found["revealed"]]
+    evidence.positions = [(name, index) for name, index in found["positions"]]
+    evidence.duration_s = found["duration_s"]
+    evidence.client_problem, evidence.reveal_problem = found["problem"], found["reveal_problem"]
