@@ -19,8 +19,8 @@ class Restart:
             if not run.process.scratch_was_empty:
                 return [Finding("restart.scratch", "the scratch folder was not empty when the run began", run.run_id)]
         for kind in ("timed", "known"):
-            first, *later = case.of(kind) or [None]
-            ratio = None if first is None else time_ratio(later, [first], max)
+            runs = case.of(kind)
+            ratio = time_ratio(runs[1:], runs[:1], max)
             if ratio is not None and ratio < case.profile.twin_ratio:
                 message = (
                     f"later runs of the same prompts took {ratio:.2f} of the first one's time per token, though each "
