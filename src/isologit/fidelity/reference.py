@@ -112,14 +112,14 @@ class Reference:
 
     def hidden(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> np.ndarray:
         """float32 [n, hidden]: what the LM head reads for the rows of `score`."""
-        fed = torch.tensor([[*prompt_token_ids, *token_ids[:-1]]])  # [1, p + n - 1]
-        with self._threads(), torch.inference_mode():
+        fed = self._ids([[*prompt_token_ids, *token_ids[:-1]]])  # [1, p + n - 1]
+        with self._computing():
             found = self._model.model(input_ids=fed, use_cache=False).last_hidden_state
-        return _rows(found[0, -len(token_ids) :])
+        return as_rows(found[0, -len(token_ids) :])
 
     def head_weight(self) -> np.ndarray:
         """float32 [vocab, hidden] of the LM head."""
-        return _rows(self._model.lm_head.weight.detach())
+        return as_rows(self._model.lm_head.weight.detach())
 
     def generate(
         self,

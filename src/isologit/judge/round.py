@@ -19,8 +19,8 @@ from typing import Any
 
 from sqlalchemy import select, update
 
+from isologit.common.environment import describe_environment
 from isologit.errors import ModelError, UserError
-from isologit.job.environment import describe_environment
 from isologit.judge.audits import audits_of
 from isologit.judge.audits.base import Case
 from isologit.judge.canary import canary_seconds, peak_flop_per_s
