@@ -11,6 +11,7 @@ import typer
 from isologit import __version__
 from isologit.cli.bench_command import bench_app
 from isologit.cli.exits import Exit, reporting_errors
+from isologit.cli.judge_command import judge_app
 from isologit.cli.run_command import run_command
 from isologit.cli.serve_command import serve_command
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("run")(run_command)
 app.command("serve")(serve_command)
 app.add_typer(bench_app, name="bench")
+app.add_typer(judge_app, name="judge")
 
 
 def _show_version(wanted: bool) -> None:

@@ -92,7 +92,7 @@ class Judge:
             raise JudgeError(f"{anchor}: none of the entries has this name; the anchor is one of {', '.join(names)}")
         if not practice and (problem := sandbox_problem()) is not None:
             raise JudgeError(f"no sandbox: {problem}; install it, or judge with --practice, which is NOT RANKED")
-        where = _model_folder(profile, model)
+        where = model_folder(profile, model)
         seed = seed or RoundSeed.draw()
         frozen = [self._freeze(entry) for entry in entries]
         kinds = _kinds(profile)
@@ -298,7 +298,8 @@ class Judge:
         return verdicts
 
 
-def _model_folder(profile: Profile, model: Path | None) -> Path:
+def model_folder(profile: Profile, model: Path | None) -> Path:
+    """The folder of the round's weights: the one given, or the demo model. Raises JudgeError where one is needed."""
     if model is not None:
         return model.resolve()
     if profile.model == "demo":
