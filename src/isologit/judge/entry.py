@@ -42,6 +42,19 @@ class EntrySpec(BaseModel):
     techniques: tuple[Technique, ...] = Field(default=(), max_length=32)
     report: str | None = None
 
+    @field_validator("name", "team", "served_model")
+    @classmethod
+    def _printable(cls, text: str) -> str:
+        # NOTE: names are shown on terminals; markup is escaped where it is shown, control characters have no use.
+        if not text.isprintable():
+            raise ValueError("must hold printable characters only")
+        return text
+
+    @field_validator("techniques")
+    @classmethod
+    def _printable_each(cls, listed: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(cls._printable(text) for text in listed)
+
     @field_validator("config_files")
     @classmethod
     def _inside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -85,7 +98,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """As written in `entry.yaml`; may hold any character, so it is escaped wherever it is shown."""
+        """As written in `entry.yaml`; it may hold markup, so it is escaped wherever it is shown."""
         return self.spec.name
 
     def files(self) -> dict[str, str]:

@@ -88,6 +88,19 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return float((flipped >= observed - 1e-12).mean())
 
 
+def pair_p(ours_s: Sequence[float], theirs_s: Sequence[float]) -> float:
+    """Two-sided p for two entries having the same times, both [n] in the repeats' order.
+
+    The smaller of two exact tests, doubled for taking the smaller: sign flips of the paired log-ratios, which cancels
+    what the machine does, and the rank-sum test (Mann and Whitney 1947), which has more power where times are far apart:
+    six repeats without overlap give 0.0043, while six sign flips cannot go below 0.03.
+    """
+    ours, theirs = np.asarray(ours_s, np.float64), np.asarray(theirs_s, np.float64)
+    flips = sign_flip_p(np.log(ours / theirs).tolist())
+    ranks = float(stats.mannwhitneyu(ours, theirs, method="exact").pvalue)
+    return min(1.0, 2 * min(flips, ranks))
+
+
 def holm(p_values: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
     """Holm's step-down correction (1979) of several p-values."""
     ordered = sorted(p_values.items(), key=lambda item: item[1])
@@ -103,13 +116,12 @@ def rank(times_s: Mapping[str, Sequence[float]], anchor: str) -> list[Ranked]:
     """All VALID entries, the fastest first. times_s: seconds by entry, one for each repeat, in the repeats' order.
 
     Sorted by the median ratio to the anchor. An entry shares the rank of the one before it when the two cannot be told
-    apart at 5 % after Holm's correction over all pairs of neighbours. With six repeats the smallest p is 1/32, so with
-    many entries close ones stay tied: that is the data's fault and not hidden.
+    apart at 5 %, by `pair_p` after Holm's correction over all pairs of neighbours.
     """
     scores = {name: score(times, times_s[anchor]) for name, times in times_s.items()}
     order = sorted(scores, key=lambda name: scores[name].ratio)
     pairs = list(itertools.pairwise(order))
-    raw = {(a, b): sign_flip_p(np.log(np.asarray(times_s[a]) / np.asarray(times_s[b])).tolist()) for a, b in pairs}
+    raw = {(a, b): pair_p(times_s[a], times_s[b]) for a, b in pairs}
     corrected = holm(raw)
     ranks: dict[str, int] = {}
     for place, name in enumerate(order):
