@@ -92,7 +92,7 @@ def pair_p(ours_s: Sequence[float], theirs_s: Sequence[float]) -> float:
     """Two-sided p for two entries having the same times, both [n] in the repeats' order.
 
     The smaller of two exact tests, doubled for taking the smaller: sign flips of the paired log-ratios, which cancels
-    what the machine does, and the rank-sum test (Mann and Whitney 1947), which has more power where times are far apart:
+    what the machine does, and the rank-sum test (Mann and Whitney 1947), which has more power where times are apart:
     six repeats without overlap give 0.0043, while six sign flips cannot go below 0.03.
     """
     ours, theirs = np.asarray(ours_s, np.float64), np.asarray(theirs_s, np.float64)
