@@ -149,7 +149,7 @@ def test_odd_fields_of_alpaca_records(tmp_path: Path, fields: str, message: str)
         ('"prompt": "a", "max_new_tokens": NaN', "max_new_tokens must be a whole number .* not NaN"),
         ('"prompt": "a", "max_new_tokens": 1e3', "max_new_tokens must be a whole number .* not 1000.0"),
         ('"prompt": "a", "max_new_tokens": null', "max_new_tokens must be a whole number .* not null"),
-        ('"prompt": "a", "max_new_tokens": 4294967296', "below 2.*, not 4294967296"),
+        ('"prompt": "a", "max_new_tokens": 4294967296', "below 2.* not 4294967296"),
         ('"prompt": "a", "max_new_tokens": "' + "z" * 500 + '"', 'not "z{39}[.]{3}$'),
         ('"prompt": {"a": 1}', "needs prompt .text, not an object. or prompt_token_ids"),
         ('"prompt_token_ids": [1, -1]', "must be a list of integers from 0"),

@@ -230,7 +230,7 @@ def _from_object(value: Any, default_id: str, where: str, default_max_new_tokens
     text = prompt if isinstance(prompt, str) else None
     count = value.get("max_new_tokens", default_max_new_tokens)
     if not is_integer(count, least=1):
-        why = f"max_new_tokens must be a whole number of at least 1 and below 2**31, not {shown(count)}"
+        why = f"max_new_tokens must be a whole number below 2**31 and at least 1, not {shown(count)}"
         return BadRequest(name, where, why, text)
     if ids is not None:
         if not isinstance(ids, list) or not all(is_integer(i, least=0) for i in ids):
