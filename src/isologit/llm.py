@@ -60,7 +60,7 @@ class LLM:
         self.config: ModelConfig = self.checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(options.tokenizer or self.checkpoint.source)
         self.num_threads = options.num_threads or len(os.sched_getaffinity(0))
-        self.max_model_len = self.config.max_position_embeddings
+        self.max_model_len = self.config.context_length
         self._model = self._load(self.checkpoint)
         self._draft = self._load_draft()
         self._models = [self._model] if self._draft is None else [self._model, self._draft]

@@ -207,3 +207,27 @@ def test_no_config(folder: Path) -> None:
 def test_unknown_qkv_layout(folder: Path) -> None:
     with pytest.raises(ConfigError, match='qkv_layout "qkv" is unknown; use "concat" or "interleaved"'):
         open_checkpoint(folder, qkv_layout="qkv")
+
+
+def test_query_key_and_value_may_have_biases_alone(tmp_path: Path) -> None:
+    weights = save(dataclasses.replace(TINY, attention_bias=True), tmp_path)
+    without = {name: weight for name, weight in weights.items() if not name.endswith("o_proj.bias")}
+    save_file(without, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert dict(checkpoint.tensors).keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(checkpoint.tensors[name], weight), name
+    del without["model.layers.1.self_attn.q_proj.bias"]
+    save_file(without, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj\.bias.* missing"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_weight_in_float64_is_refused_by_name(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].double()
+    save_file(weights, folder / "model.safetensors")
+    edit_config(folder, dtype="float64")
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is stored as F64; save the model in one of float16"):
+        open_checkpoint(folder)

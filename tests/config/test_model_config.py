@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from isologit.config import PRESETS, ModelConfig, RopeScaling, load_model_config, preset
 from isologit.config.model_config import read_json_object
@@ -98,6 +99,25 @@ def test_defaults_of_missing_fields() -> None:
     assert ModelConfig.from_hf_dict(d | {"eos_token_id": None, "pad_token_id": -1}, "x").eos_token_ids == ()
 
 
+def test_harmless_spellings() -> None:
+    d = TINY.to_hf_dict()
+    for change in (
+        {"hidden_act": "swish"},
+        {"dtype": None, "torch_dtype": "float64"},
+        {"dtype": "torch.double"},
+        {"dtype": "auto"},
+        {"architectures": ["LlamaForCausalLM", "LlamaModel"]},
+    ):
+        assert ModelConfig.from_hf_dict(d | change, "here") == TINY
+    assert ModelConfig.from_hf_dict(d | {"dtype": "half"}, "here").dtype == "float16"
+
+
+def test_linear_scaling_lengthens_the_context() -> None:
+    assert TINY.context_length == TINY.max_position_embeddings == 2048
+    assert VARIANTS["linear"].context_length == 4096
+    assert VARIANTS["llama3"].context_length == 2048
+
+
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM is not supported; only LlamaForCausalLM is"),
     ({"architectures": []}, r"\[\] is not supported"),
@@ -122,6 +142,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
     ({"rope_scaling": 4.0}, "rope_scaling must be an object or null"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_scaling type "dynamic" is not supported'),
+    *(
+        ({field: {"rope_type": kind, "factor": 2.0}}, f'"{kind}" is not supported')
+        for kind in ROPE_INIT_FUNCTIONS if kind not in ("default", "linear", "llama3")
+        for field in ("rope_parameters", "rope_scaling")
+    ),
+    ({"architectures": ["LlamaModel", "MistralForCausalLM"]}, "LlamaModel, MistralForCausalLM is not supported"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, 'rope_scaling type "yarn" is not supported'),
     ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),

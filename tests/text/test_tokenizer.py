@@ -234,6 +234,9 @@ def test_saved_padding_and_truncation_are_dropped(folders: dict[str, Path], tmp_
     ("name", "content", "message"),
     [
         ("tokenizer.model", b"garbage", "tokenizer.model: is not a SentencePiece model .*; copy it again"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tokenizer.model: is a tiktoken vocabulary.*add the tokenizer.json"),
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git lfs pull"),
         ("tokenizer.json", b"{}", "tokenizer.json: is not a tokenizers file .*; copy it again"),
         ("tokenizer.json", b"\xff\xfe", "tokenizer.json: is not a tokenizers file"),
     ],

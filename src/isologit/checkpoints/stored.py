@@ -22,6 +22,7 @@ HEAD = "lm_head.weight"
 WEIGHT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
 _PIECE_BYTES = 4 << 20  # of a tensor that is loaded by several threads
+_OUTPUT_BIAS, _QUERY_BIAS = "self_attn.o_proj.bias", "self_attn.q_proj.bias"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -146,6 +147,7 @@ def checked_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, sou
     """
     left = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     shapes = expected_shapes(config)
+    left |= _absent_output_biases(left, shapes, source)
     if missing := [name for name in shapes if name not in left]:
         raise ModelError(
             f"{source}: {_some(missing)} missing, though the config asks for it; "
@@ -168,6 +170,25 @@ def checked_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, sou
     if left:
         _refuse_extra(list(left), config, source)
     return chosen
+
+
+def _absent_output_biases(
+    stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], source: Path
+) -> dict[str, StoredTensor]:
+    """Zeros for the biases of `o_proj`, where q, k and v have stored biases and no `o_proj` has (Qwen's way).
+
+    transformers starts what a checkpoint lacks from zero too.
+    """
+    wanted = [name for name in shapes if name.endswith(_OUTPUT_BIAS)]
+    if any(name in stored for name in wanted):
+        return {}
+    beside = {name: stored.get(name.replace(_OUTPUT_BIAS, _QUERY_BIAS)) for name in wanted}
+    zeros = {
+        name: torch.zeros(shapes[name], dtype=WEIGHT_DTYPES[query.dtype])
+        for name, query in beside.items()
+        if query is not None and query.dtype in WEIGHT_DTYPES
+    }
+    return in_memory(zeros, source)
 
 
 def stored_dtype(stored: Mapping[str, StoredTensor]) -> str:

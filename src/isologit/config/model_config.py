@@ -13,6 +13,8 @@ from isologit.errors import ConfigError, ModelError
 
 ARCHITECTURE = "LlamaForCausalLM"
 DTYPES = ("float16", "bfloat16", "float32")
+_DTYPE_ALIASES = {"half": "float16", "float": "float32", "double": "float32", "float64": "float32", "auto": "float32"}
+_SILU_NAMES = ("silu", "swish")
 _ROPE_TYPES = ("linear", "llama3")
 _SIZES = (
     "vocab_size",
@@ -146,10 +148,17 @@ class ModelConfig:
                 bos_token_id=bos[0] if bos else None,
                 eos_token_ids=eos,
                 pad_token_id=pad[0] if pad else None,
-                dtype=fields.text("dtype", fields.text("torch_dtype", "float32")).removeprefix("torch."),
+                dtype=_dtype(fields.text("dtype", fields.text("torch_dtype", "float32"))),
             )
         except ConfigError as error:
             raise ModelError(f"{source}: {error}") from None
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of one sequence: `max_position_embeddings`, which a "linear" scaling stretches by its factor."""
+        scaling = self.rope_scaling
+        factor = scaling.factor if scaling is not None and scaling.rope_type == "linear" else 1.0
+        return int(self.max_position_embeddings * factor)
 
     def to_hf_dict(self) -> dict[str, Any]:
         """A `config.json` dictionary: `LlamaConfig(**config.to_hf_dict())` works and `from_hf_dict` reads it back."""
@@ -281,6 +290,15 @@ class _Fields:
         return self.token_ids("eos_token_id", 2)
 
 
+def _dtype(name: str) -> str:
+    """torch's name of a type as one of ours.
+
+    Weights have types of their own, so one that is only said here does no harm; a float64 weight is refused itself.
+    """
+    name = name.removeprefix("torch.")
+    return _DTYPE_ALIASES.get(name, name)
+
+
 def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     if not ids:
         return None
@@ -289,15 +307,15 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
 
 def _refuse_other_models(fields: _Fields) -> None:
     architectures, model_type = fields.d.get("architectures"), fields.d.get("model_type")
-    if architectures is not None and architectures != [ARCHITECTURE]:
-        name = architectures[0] if isinstance(architectures, list) and architectures else repr(architectures)
-        raise fields.error(f"{name} is not supported; only {ARCHITECTURE} is")
+    if architectures is not None and not (isinstance(architectures, list) and ARCHITECTURE in architectures):
+        names = ", ".join(map(str, architectures)) if isinstance(architectures, list) and architectures else None
+        raise fields.error(f"{names or repr(architectures)} is not supported; only {ARCHITECTURE} is")
     if model_type is None and architectures is None:
         raise fields.error(f'names no model; it needs "architectures": ["{ARCHITECTURE}"] or "model_type": "llama"')
     if model_type not in (None, "llama"):
         raise fields.error(f'model_type "{model_type}" is not supported; only "llama" is')
-    if (activation := fields.text("hidden_act", "silu")) != "silu":
-        raise fields.error(f'hidden_act "{activation}" is not supported; only "silu" is')
+    if (activation := fields.text("hidden_act", "silu")) not in _SILU_NAMES:
+        raise fields.error(f'hidden_act "{activation}" is not supported; only "silu" (or "swish", its other name) is')
     if fields.d.get("quantization_config") is not None:
         raise fields.error("quantized weights are not supported; save the model in float16, bfloat16 or float32")
 
@@ -307,8 +325,8 @@ def _read_rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(fields.d.get(name), dict | None):
             raise fields.error(f"{name} must be an object or null, not {fields.d[name]!r}")
-    values = fields.d.get("rope_parameters") or fields.d.get("rope_scaling") or {}
-    rope = _Fields(values, f"{fields.source}: rope_scaling")
+    name = "rope_scaling" if fields.d.get("rope_scaling") else "rope_parameters"  # as transformers when both are given
+    rope = _Fields(fields.d.get(name) or {}, f"{fields.source}: {name}")
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
         raise fields.error("partial_rotary_factor other than 1 is not supported; LLaMA rotates the whole head")
@@ -324,8 +342,9 @@ def _read_rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
             factor,
             low_freq_factor=rope.number("low_freq_factor"),
             high_freq_factor=rope.number("high_freq_factor"),
-            original_max_position_embeddings=rope.integer(
-                "original_max_position_embeddings", fields.integer("max_position_embeddings", 2048)
+            original_max_position_embeddings=fields.integer(
+                "original_max_position_embeddings",  # beside the others it comes first, in transformers too
+                rope.integer("original_max_position_embeddings", fields.integer("max_position_embeddings", 2048)),
             ),
         )
     except ConfigError as error:

@@ -115,7 +115,7 @@ def build_result(found: Findings, certificate: Certificate, engine: Engine, fold
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
-            "context": config.max_position_embeddings,
+            "context": config.context_length,
         },
         "dataset": {"name": dataset_name(options), "limit": options.limit, "requests": requests},
         "engine": dict(found.engine_facts),

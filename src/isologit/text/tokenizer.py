@@ -27,6 +27,8 @@ _USUAL_NAMES = {  # where no file names them
     "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
     "unk_token": ("<unk>",),
 }
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+_LFS_POINTER = b"version https://git-lfs"
 _WITHOUT_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # appended to a ModelProto: normalizer_spec.add_dummy_prefix = false
 
 # How tokens that stand for bytes become text. "each": a run of byte tokens is read as UTF-8, every invalid byte giving
@@ -185,10 +187,15 @@ class SentencePieceTokenizer(Tokenizer):
     byte_mode: ByteMode = "each"
 
     def __init__(self, file: Path) -> None:
+        data = _read(file)
         try:
-            data = file.read_bytes()
             sp = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
+            if _TIKTOKEN_LINE.match(data):
+                raise ModelError(
+                    f"{file}: is a tiktoken vocabulary, as in Meta's own release of LLaMA 3, and not SentencePiece; "
+                    "add the tokenizer.json of the Hugging Face release of the model"
+                ) from None
             raise ModelError(f"{file}: is not a SentencePiece model ({_one_line(error)}); copy it again") from None
         config = _tokenizer_config(file.parent)
         bare = sentencepiece.SentencePieceProcessor(model_proto=data + _WITHOUT_DUMMY_PREFIX)
@@ -290,8 +297,9 @@ class JsonTokenizer(Tokenizer):
     """`tokenizer.json`, read by the tokenizers library, with the tokens that the files beside it add."""
 
     def __init__(self, file: Path) -> None:
+        data = _read(file)
         try:
-            inner = tokenizers.Tokenizer.from_file(str(file))
+            inner = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises plain Exception
             raise ModelError(f"{file}: is not a tokenizers file ({_one_line(error)}); copy it again") from None
         inner.no_padding()
@@ -405,6 +413,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     if (folder / SENTENCEPIECE_FILE).is_file():
         return SentencePieceTokenizer(folder / SENTENCEPIECE_FILE)
     return None
+
+
+def _read(file: Path) -> bytes:
+    """The bytes of a tokenizer's file. Raises ModelError when they cannot be read or are elsewhere."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from None
+    if data.startswith(_LFS_POINTER):
+        raise ModelError(f'{file}: is a Git LFS pointer to the file, not the file; fetch it with "git lfs pull"')
+    return data
 
 
 def _checked(text: str) -> str:
