@@ -68,27 +68,27 @@ class TokenSplitter:
 
     def __init__(self, tokens: Mapping[int, tokenizers.AddedToken], spelled: Mapping[int, str]) -> None:
         """`spelled` says how each token is written in the text."""
-        longest_first = sorted(tokens, key=lambda i: -len(spelled[i]))
-        self._ids = longest_first
-        self._pattern = re.compile("|".join(_pattern(tokens[i], spelled[i]) for i in longest_first) or "(?!)")
+        self._found = {spelled[i]: (i, token) for i, token in tokens.items()}
+        longest_first = sorted(self._found, key=len, reverse=True)
+        self._pattern = re.compile("|".join(self._written(spelling) for spelling in longest_first) or "(?!)")
+
+    def _written(self, spelling: str) -> str:
+        _, token = self._found[spelling]
+        pattern = re.escape(spelling)
+        return rf"(?<!\w){pattern}(?!\w)" if token.single_word else pattern
 
     def split(self, text: str) -> Iterator[str | int]:
         """Stretches of text, some of them empty, and between them the ids of tokens."""
-        start = 0
+        end = 0
         for found in self._pattern.finditer(text):
-            yield text[start : found.start()]
-            assert found.lastindex is not None
-            yield self._ids[found.lastindex - 1]
-            start = found.end()
-        yield text[start:]
-
-
-def _pattern(token: tokenizers.AddedToken, spelled: str) -> str:
-    """A pattern with one group, which tells the token."""
-    pattern = f"({re.escape(spelled)})"
-    if token.single_word:
-        pattern = rf"(?<!\w){pattern}(?!\w)"
-    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")
+            token_id, token = self._found[found[0]]
+            between = text[end : found.start()]
+            yield between.rstrip() if token.lstrip else between
+            yield token_id
+            end = found.end()
+            if token.rstrip:
+                end += len(text[end:]) - len(text[end:].lstrip())
+        yield text[end:]
 
 
 def _optional(file: Path) -> dict[str, Any]:
