@@ -1,12 +1,15 @@
-"""What HTTP costs: the built-in requests offline, and the same requests sent all at once to a server.
+"""What HTTP costs: the built-in requests offline, and the same requests sent all at once to a server, in every dialect.
 
     python -m benchmarks.serving_overhead
-    python -m benchmarks.serving_overhead --model llama-110m --load-format dummy --tokenizer DIR --requests 300
+    python -m benchmarks.serving_overhead --model llama-110m --load-format dummy --tokenizer DIR --requests 200
+    python -m benchmarks.serving_overhead --backends tgi --ways stream --repeats 5
 
-Both sides run in processes of their own, interleaved, with the same options, and both clocks start after loading and
-warming up: offline from the first request given to the engine to the last output, over HTTP from the first byte sent
-to the last byte received. The client runs on the same cores as the server, so its own cost is part of what is
-measured. On the built-in model a step takes about a millisecond, so HTTP weighs most there. Bar: 5 % added.
+Every case, offline or a dialect with whole answers or streams, runs once a repeat, in processes of its own and with the
+same options. Repeats begin at another case each, so that a machine that slows down slows no case more than another.
+Clocks start after loading and warming up: offline from the first request given to the engine to the last output, over
+HTTP from the first byte sent to the last byte received. The client runs on the same cores as the server, so its own
+cost is part of what is measured. On the built-in model a step takes about a millisecond, so HTTP weighs most there.
+Bar: 5 % added.
 """
 
 from __future__ import annotations
@@ -36,10 +39,11 @@ from isologit.workload import builtin_requests
 RESULTS = Path(__file__).parent / "results"
 BAR = 0.05
 MODEL = "llama2"
+Case = tuple[str, str]  # dialect, and "whole" or "stream"
 WHOLE = {"openai": "/v1/completions", "tgi": "/generate", "llm-serving": f"/models/{MODEL}/generate"}
 
 
-def offline(asked: argparse.Namespace) -> dict[str, float]:
+def run_offline(asked: argparse.Namespace) -> dict[str, float]:
     """In this process: seconds, processor seconds, output tokens and steps."""
     from isologit import LLM, GenerationRequest, SamplingParams
     from isologit.workload import demo_model_path
@@ -108,6 +112,49 @@ async def over_http(url: str, requests: list[LoadRequest], backend: str, streams
         }
 
 
+def run_served(asked: argparse.Namespace, requests: list[LoadRequest], backend: str, way: str) -> dict[str, float]:
+    """A server of its own, and all requests at it; also the processor time that it took for them."""
+    command = [sys.executable, "-m", "isologit", "serve", "--port", "0", *_model_options(asked)]
+    with server_process([*command, "--speculative-tokens", "0"]) as server:
+        process = psutil.Process(server.pid)
+        before = process.cpu_times()
+        found = asyncio.run(over_http(server.url, requests, backend, way == "stream"))
+        after = process.cpu_times()
+    return {**found, "server_cpu_s": after.user + after.system - before.user - before.system}
+
+
+def run_offline_apart(asked: argparse.Namespace) -> dict[str, float]:
+    """`run_offline` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.serving_overhead", "--offline", *_model_options(asked)]
+    done = subprocess.run([*command, "--requests", str(asked.requests)], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _model_options(asked: argparse.Namespace) -> list[str]:
+    options = ["--load-format", asked.load_format, "--max-num-seqs", str(asked.max_num_seqs)]
+    options += ["--model", asked.model] if asked.model else []
+    return options + (["--tokenizer", asked.tokenizer] if asked.tokenizer else [])
+
+
+def summarise(case: Case, runs: list[dict[str, float]], offline_runs: list[dict[str, float]]) -> dict[str, Any]:
+    """One case beside the offline runs; processor seconds are of server and client together."""
+    over, base = (statistics.median(run["seconds"] for run in found) for found in (runs, offline_runs))
+    cpu = statistics.median(run["server_cpu_s"] + run["client_cpu_s"] for run in runs)
+    base_cpu = statistics.median(run["cpu_s"] for run in offline_runs)
+    return {
+        "backend": case[0],
+        "way": case[1],
+        "seconds": round(over, 3),
+        "ratio": round(over / base, 4),
+        "cpu_s": round(cpu, 3),
+        "cpu_ratio": round(cpu / base_cpu, 4),
+        "within_bar": over <= base * (1 + BAR),
+        "equal_output_tokens": len({run["output_tokens"] for run in runs + offline_runs}) == 1,
+        "runs": runs,
+    }
+
+
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,67 +164,57 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1500)
     parser.add_argument("--max-num-seqs", type=int, default=128, help="of both sides")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--backend", default="openai", choices=sorted(WHOLE))
-    parser.add_argument("--stream", action="store_true", help="streams instead of whole answers")
+    parser.add_argument("--backends", nargs="+", default=sorted(WHOLE), choices=sorted(WHOLE))
+    parser.add_argument("--ways", nargs="+", default=["whole", "stream"], choices=["whole", "stream"])
     parser.add_argument("--output", type=Path, help="result file; by default under benchmarks/results")
     parser.add_argument("--offline", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.offline:
-        print(json.dumps(offline(asked)), flush=True)
+        print(json.dumps(run_offline(asked)), flush=True)
         os._exit(0)  # NOTE: native threads may still be leaving, and what they do at the end of Python is not measured
-    model_options = ["--load-format", asked.load_format]
-    model_options += ["--model", asked.model] if asked.model else []
-    model_options += ["--tokenizer", asked.tokenizer] if asked.tokenizer else []
-    model_options += ["--max-num-seqs", str(asked.max_num_seqs)]
-    again = [sys.executable, "-m", "benchmarks.serving_overhead", "--offline", *model_options]
-    again += ["--requests", str(asked.requests)]
     requests = [
         LoadRequest(spec.id, spec.prompt, None, None, spec.max_new_tokens) for spec in builtin_requests(asked.requests)
     ]
-    offline_runs: list[dict[str, float]] = []
-    served_runs: list[dict[str, float]] = []
-    for _ in range(asked.repeats):
-        done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
-        offline_runs.append(json.loads(done.stdout.splitlines()[-1]))
-        serve = [sys.executable, "-m", "isologit", "serve", "--port", "0", *model_options, "--speculative-tokens", "0"]
-        with server_process(serve) as server:
-            url, process = server.url, psutil.Process(server.pid)
-            before = process.cpu_times()
-            served = asyncio.run(over_http(url, requests, asked.backend, asked.stream))
-            after = process.cpu_times()
-            served["server_cpu_s"] = after.user + after.system - before.user - before.system
-            served_runs.append(served)
-        print(f"offline {offline_runs[-1]}\nserved  {served_runs[-1]}", flush=True)
-    counts = {run["output_tokens"] for run in offline_runs + served_runs}
-    base = statistics.median(run["seconds"] for run in offline_runs)
-    over = statistics.median(run["seconds"] for run in served_runs)
+    cases = [(backend, way) for backend in asked.backends for way in asked.ways]
+    runs: dict[Case | None, list[dict[str, float]]] = {case: [] for case in (None, *cases)}
+    order = list(runs)  # None is offline
+    for repeat in range(asked.repeats):
+        turn = repeat % len(order)
+        for case in order[turn:] + order[:turn]:
+            runs[case].append(run_offline_apart(asked) if case is None else run_served(asked, requests, *case))
+            name = "offline" if case is None else " ".join(case)
+            print(f"{repeat + 1}/{asked.repeats} {name}: {runs[case][-1]['seconds']:.2f} s", flush=True)
+    offline_runs = runs[None]
     result: dict[str, Any] = {
         "what": "the built-in requests offline, and all at once over HTTP",
         "model": asked.model or "built-in demo",
         "load_format": asked.load_format,
         "requests": asked.requests,
         "max_num_seqs": asked.max_num_seqs,
-        "backend": asked.backend,
-        "stream": asked.stream,
-        "offline_s": round(base, 3),
-        "served_s": round(over, 3),
-        "ratio": round(over / base, 4),
+        "repeats": asked.repeats,
         "bar": 1 + BAR,
-        "within_bar": over <= base * (1 + BAR),
-        "equal_output_tokens": len(counts) == 1,
-        "offline_runs": offline_runs,
-        "served_runs": served_runs,
+        "offline": {
+            "seconds": round(statistics.median(run["seconds"] for run in offline_runs), 3),
+            "cpu_s": round(statistics.median(run["cpu_s"] for run in offline_runs), 3),
+            "runs": offline_runs,
+        },
+        "cases": [summarise(case, runs[case], offline_runs) for case in cases],
         "seed": 0,
         "note": "client and server share the machine's cores, so the client's own cost is included",
         "environment": describe_environment(),
         "server_versions": {name: version(name) for name in ("aiohttp", "fastapi", "uvicorn", "httptools")},
     }
-    way = "stream" if asked.stream else "whole"
-    name = f"serving-overhead-{asked.model or 'demo'}-{asked.backend}-{way}.json"
-    output = asked.output or RESULTS / name
+    output = asked.output or RESULTS / f"serving-overhead-{asked.model or 'demo'}.json"
     write_json(output, result)
-    print(f"offline {base:.2f} s, served {over:.2f} s: {100 * (over / base - 1):+.1f} % (bar +{100 * BAR:.0f} %)")
-    print(f"{output}")
+    print(f"offline {result['offline']['seconds']:.2f} s, {result['offline']['cpu_s']:.2f} s of processor")
+    for case in result["cases"]:
+        time_added, cpu_added = (100 * (case[name] - 1) for name in ("ratio", "cpu_ratio"))
+        differ = "" if case["equal_output_tokens"] else "; output tokens DIFFER from the offline run's"
+        print(
+            f"{case['backend']:<12} {case['way']:<7} {case['seconds']:.2f} s: {time_added:+.1f} % of time (bar "
+            f"+{100 * BAR:.0f} %), {cpu_added:+.1f} % of processor{differ}"
+        )
+    print(output)
 
 
 if __name__ == "__main__":
