@@ -348,7 +348,7 @@ def _open(
 def _expected_tokens(request: GenerationRequest) -> int:
     if request.replay_token_ids is not None:
         return max(1, min(len(request.replay_token_ids), request.params.max_tokens))
-    return request.params.max_tokens
+    return max(1, request.params.max_tokens)
 
 
 def _with_progress(outputs: Iterator[RequestOutput], total: int, show: bool) -> Iterator[RequestOutput]:

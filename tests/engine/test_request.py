@@ -19,7 +19,7 @@ def test_default_is_greedy() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", 1.5),
         ("max_tokens", True),
         ("min_tokens", -1),
@@ -43,6 +43,20 @@ def test_default_is_greedy() -> None:
         ("stop", None),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", 3),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", math.nan),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {1: math.inf}),
+        ("logit_bias", {"1": 1.0}),
+        ("logit_bias", [1]),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("bad_words", "fox"),
+        ("bad_words", [""]),
+        ("prompt_logprobs", -1),
+        ("include_stop_str_in_output", 1),
     ],
 )
 def test_a_bad_value_is_named(name: str, value: object) -> None:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from isologit.engine.request import SamplingParams
-from isologit.engine.sampler import choose_token
+from isologit.engine.sampler import Sampler
 
 ROW = np.array([1.0, 3.0, -2.0, 0.5], np.float32)
 
 
 def _choose(seen: list[int], **params: float) -> int:
-    return choose_token(ROW, SamplingParams(max_tokens=4, **params), seen, 0, (), np.random.default_rng(0))
+    return Sampler(SamplingParams(max_tokens=4, **params), np.random.default_rng(0)).choose(ROW, seen, len(seen))
 
 
 @pytest.mark.filterwarnings("error")

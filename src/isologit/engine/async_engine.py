@@ -182,9 +182,13 @@ class AsyncEngine:
     def _deliver(self, deltas: list[tuple[str, Delta]]) -> None:
         for name, delta in deltas:
             stream = self._streams.get(name)
-            if stream is not None:
-                if delta.output is not None:
-                    del self._streams[name]
+            if stream is None:
+                continue
+            if delta.output is not None:
+                del self._streams[name]
+            if delta.output is not None and delta.output.error is not None:
+                stream.fail(EngineFailedError(delta.output.error))
+            else:
                 stream.push(name, delta)
 
     def _deliver_failure(self, names: Sequence[str], message: str) -> None:

@@ -137,6 +137,13 @@ class BlockPool:
                 else:
                     self._free.append(block_id)
 
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Let no later prompt find these blocks in use, as what they hold cannot be trusted."""
+        for block_id in block_ids:
+            key = self._keys.pop(block_id, None)
+            if key is not None:
+                del self._cached[key]
+
     def check_integrity(self, owners: Iterable[SequenceABC[int]] | None = None) -> None:
         """Raise AssertionError, saying what is wrong, unless every block is accounted for exactly once.
 

@@ -13,17 +13,12 @@ import numpy as np
 from isologit.engine.captured_rows import CapturedRows, Finals
 from isologit.engine.output_text import OutputText
 from isologit.engine.progress import Progress
-from isologit.engine.request import GenerationRequest, RequestOutput, Sequence
+from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams, Sequence
 from isologit.engine.runner import Runner, StepResult
-from isologit.engine.sampler import choose_token, needs_row
+from isologit.engine.sampler import Sampler, bad_word_tokens, needs_row
 from isologit.engine.scheduler import ScheduledSequence, Scheduler, StepPlan
 from isologit.engine.step_record import StepRecord
-from isologit.errors import IsologitError
 from isologit.text.tokenizer import Tokenizer
-
-
-class StepError(IsologitError):
-    """A step produced something no request can use (NaN logits)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +78,12 @@ class EngineLoop:
         seq.arrival_s = self.now()
         self.scheduler.add(seq)
         text = None if self.tokenizer is None else OutputText(self.tokenizer, params)
-        self._progress[request.request_id] = Progress(seq, text, np.random.default_rng(seed))
+        self._progress[request.request_id] = Progress(seq, text, self._sampler(params, seed))
+
+    def _sampler(self, params: SamplingParams, seed: int | list[int]) -> Sampler:
+        words = [] if self.tokenizer is None else bad_word_tokens(params.bad_words, self.tokenizer)
+        stop_ids = [*self.scheduler.config.eos_token_ids, *params.stop_token_ids]
+        return Sampler(params, np.random.default_rng(seed), stop_ids=stop_ids, bad_words=words)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request; its blocks come back at once. None if it is not here."""
@@ -145,21 +145,16 @@ class EngineLoop:
         return outputs
 
     def _choose(self, entry: ScheduledSequence, result: StepResult, row: int) -> list[int]:
-        """The token after each of the sequence's logits rows."""
+        """The token after each of the sequence's rows that choose one, -1 where the logits are NaN."""
         tokens: list[int] = result.argmax[row : row + entry.num_logits].tolist()
         seq = entry.seq
-        if -1 in tokens:
-            raise StepError(f"request {seq.request.request_id}: the model produced NaN logits")
-        params = seq.request.params
-        if tokens and seq.forced_tokens is None and needs_row(params, seq.num_output_tokens):
-            tokens[0] = choose_token(
-                result.logits(row),
-                params,
-                seq.token_ids,
-                seq.num_output_tokens,
-                self.scheduler.config.eos_token_ids,
-                self._progress[seq.request.request_id].rng,
-            )
+        if entry.num_scored and result.argmax[row - entry.num_scored : row].min() < 0:
+            self.scheduler.fail(seq, "the model's logits for a token of the prompt are NaN")
+        if not tokens or tokens[0] < 0 or seq.forced_tokens is not None:
+            return tokens
+        if needs_row(seq.request.params, seq.num_output_tokens):
+            sampler = self._progress[seq.request.request_id].sampler
+            tokens[0] = sampler.choose(result.logits(row), seq.token_ids, seq.num_prompt_tokens)
         return tokens
 
     def _file(self, plan: StepPlan, result: StepResult, scheduled_s: float, committed_s: float) -> list[Sequence]:
@@ -169,6 +164,8 @@ class EngineLoop:
             seq = entry.seq
             if seq.scheduled_s is None:
                 seq.scheduled_s = scheduled_s
+            if entry.num_scored and seq.error is None:
+                self._progress[seq.request.request_id].score_prompt(entry, result, row, raw_logits=self._raw_logits)
             if not entry.num_accepted:
                 continue
             if seq.first_token_s is None:

@@ -8,19 +8,20 @@ from isologit.engine.captured_rows import LAST_TOKEN, Finals
 from isologit.engine.output_text import OutputText
 from isologit.engine.request import RequestMetrics, RequestOutput, Sequence
 from isologit.engine.runner import StepResult
-from isologit.engine.sampler import top_logprobs
+from isologit.engine.sampler import Sampler, top_logprobs
 from isologit.engine.scheduler import ScheduledSequence
 
 
 class Progress:
     """Of one request. `text` is None without a tokenizer."""
 
-    def __init__(self, seq: Sequence, text: OutputText | None, rng: np.random.Generator) -> None:
+    def __init__(self, seq: Sequence, text: OutputText | None, sampler: Sampler) -> None:
         self.seq = seq
         self.text = text
-        self.rng = rng
+        self.sampler = sampler
         self.finals: Finals = {}
         self.logprobs: list[dict[int, float]] = []
+        self.prompt_logprobs: list[dict[int, float] | None] = [None]  # nothing predicts the first
         self._logits: list[np.ndarray] = []
         self._whole_text: str | None = None
 
@@ -45,6 +46,17 @@ class Progress:
             by_stop_token = seq.finish_reason == "stop"
             self._whole_text = "" if text is None else text.finish(seq.output_token_ids, by_stop_token=by_stop_token)
         return self._whole_text
+
+    def score_prompt(self, entry: ScheduledSequence, result: StepResult, row: int, *, raw_logits: bool) -> None:
+        """Keep how likely the prompt's tokens after those of a chunk are; `row` is the first that chooses a token."""
+        seq = self.seq
+        count = seq.request.params.prompt_logprobs
+        assert count is not None
+        for i in range(entry.num_scored):
+            scored_row = row - entry.num_scored + i
+            normaliser = 0.0 if raw_logits else result.log_normaliser(scored_row)
+            token = seq.token_ids[entry.start + i + 1]
+            self.prompt_logprobs.append(top_logprobs(result.logits(scored_row), token, count, normaliser))
 
     def gather(self, entry: ScheduledSequence, result: StepResult, row: int, *, raw_logits: bool) -> None:
         """Keep what the request asked for of the tokens it gained; `row` is its first logits row of the step."""
@@ -84,5 +96,6 @@ class Progress:
                 first_token_s=seq.first_token_s,
                 finished_s=finished_s,
             ),
-            error=None,
+            error=seq.error,
+            prompt_logprobs=self.prompt_logprobs if seq.scores_prompt else None,
         )

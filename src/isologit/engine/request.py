@@ -5,94 +5,14 @@ Knows nothing of tensors, blocks' contents or the order in which requests run.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from enum import Enum
-from numbers import Integral, Real
-from typing import Any
 
 import numpy as np
 
-from isologit.errors import RequestError
+from isologit.engine.sampling_params import SamplingParams
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How output tokens are chosen and when they end; names as in vLLM. The default is greedy.
-
-    `stop` may be one string or several, and is kept as a tuple; it ends the output after the first `min_tokens` tokens,
-    and the text before it, unless `include_stop_str_in_output`; a token of `stop_token_ids` ends the text alike.
-    `top_k` 0 or -1 means the whole vocabulary; `logprobs` asks for that many most likely tokens beside the chosen one.
-    Raises RequestError for bad values.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: str | SequenceABC[str] = ()
-    stop_token_ids: SequenceABC[int] = ()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    logprobs: int | None = None
-    return_logits: bool = False
-
-    def __post_init__(self) -> None:
-        _require(_is_int(self.max_tokens, 1), "max_tokens", "an integer of at least 1", self.max_tokens)
-        _require(
-            _is_int(self.min_tokens, 0) and self.min_tokens <= self.max_tokens,
-            "min_tokens", f"an integer between 0 and max_tokens ({self.max_tokens})", self.min_tokens,
-        )  # fmt: skip
-        _require(
-            _is_finite(self.temperature) and self.temperature >= 0,
-            "temperature", "a finite number of at least 0 (0 is greedy)", self.temperature,
-        )  # fmt: skip
-        _require(_is_int(self.top_k, -1), "top_k", "an integer of at least 1, or 0 or -1 for all tokens", self.top_k)
-        _require(_is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
-        _require(
-            _is_finite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty", "a finite number above 0", self.repetition_penalty,
-        )  # fmt: skip
-        _require(self.seed is None or _is_int(self.seed, 0), "seed", "None or an integer of at least 0", self.seed)
-        _require(
-            self.logprobs is None or _is_int(self.logprobs, 0),
-            "logprobs", "None or an integer of at least 0", self.logprobs,
-        )  # fmt: skip
-        for name in ("include_stop_str_in_output", "ignore_eos", "return_logits"):
-            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
-        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        _require(
-            isinstance(stops, SequenceABC) and all(isinstance(stop, str) and stop for stop in stops),
-            "stop", "a non-empty string or a sequence of them", self.stop,
-        )  # fmt: skip
-        _require(
-            isinstance(self.stop_token_ids, SequenceABC) and all(_is_int(token, 0) for token in self.stop_token_ids),
-            "stop_token_ids", "a sequence of integers of at least 0", self.stop_token_ids,
-        )  # fmt: skip
-        object.__setattr__(self, "stop", tuple(stops))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.temperature == 0.0
-
-
-def _require(holds: bool, name: str, allowed: str, value: Any) -> None:
-    if not holds:
-        raise RequestError(f"{name} must be {allowed}, not {value!r}")
-
-
-def _is_int(value: Any, low: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+__all__ = ["GenerationRequest", "RequestMetrics", "RequestOutput", "SamplingParams", "Sequence", "SequenceStatus"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +43,11 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """What a request got. `finish_reason` is "stop", "length", "abort" or "error"."""
+    """What a request got.
+
+    finish_reason: "stop", "length", "abort" or "error", which `error` explains. logprobs: one entry for each output
+    token. prompt_logprobs: one for each prompt token, None for the first, which nothing predicts.
+    """
 
     request_id: str
     prompt: str | None
@@ -137,6 +61,7 @@ class RequestOutput:
     captured: dict[int, np.ndarray]  # float32 [vocab] each
     metrics: RequestMetrics
     error: str | None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 class SequenceStatus(Enum):
@@ -169,6 +94,7 @@ class Sequence:
     status: SequenceStatus = field(init=False, default=SequenceStatus.WAITING)
     finish_reason: str | None = field(init=False, default=None)
     stop_reason: int | str | None = field(init=False, default=None)
+    error: str | None = field(init=False, default=None)
     arrival_s: float = field(init=False, default=0.0)
     scheduled_s: float | None = field(init=False, default=None)
     first_token_s: float | None = field(init=False, default=None)
@@ -187,10 +113,25 @@ class Sequence:
         # cannot be verified against the argmax.
         if self.forced_tokens is not None:
             self.drafts_from = self.num_prompt_tokens
-        elif params.greedy and params.repetition_penalty == 1.0:
+        elif params.greedy and not params.adjusts_logits:
             self.drafts_from = self.num_prompt_tokens + params.min_tokens
         else:
             self.drafts_from = self.max_total_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are wanted, for which all of it must be computed."""
+        return self.request.params.prompt_logprobs is not None
+
+    @property
+    def generates(self) -> bool:
+        """Whether it can have any output."""
+        return self.max_total_tokens > self.num_prompt_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        """Known tokens that something follows from: all, but the last of a prompt that generates nothing."""
+        return len(self.token_ids) if self.generates else self.num_prompt_tokens - 1
 
     @property
     def num_output_tokens(self) -> int:

@@ -15,7 +15,10 @@ from isologit.engine.scheduler import ScheduledSequence, StepPlan
 
 @dataclass(frozen=True)
 class StepResult:
-    """Rows of one step. `first_rows[i]` is the first logits row of the plan's i-th sequence."""
+    """Rows of one step. `first_rows[i]` is the first row that chooses a token of the plan's i-th sequence.
+
+    The rows that score its prompt, `num_scored`, stand before it.
+    """
 
     backend: Backend
     output: StepOutput
@@ -120,9 +123,10 @@ class Runner:
             else:
                 token_ids += seq.token_ids[start : start + count - len(drafts)]
                 token_ids += drafts
-            first_rows.append(len(logits_rows))
-            logits_rows += range(len(token_ids) - scheduled.num_logits, len(token_ids))
-            logits_wanted += [_wants_logits(scheduled)] * scheduled.num_logits
+            first_rows.append(len(logits_rows) + scheduled.num_scored)
+            num_rows = scheduled.num_scored + scheduled.num_logits
+            logits_rows += range(len(token_ids) - num_rows, len(token_ids))
+            logits_wanted += [_wants_logits(scheduled)] * num_rows
             table_rows.append(self._tables.row_of(seq.request.request_id, seq.block_ids))
         table = np.asarray(sequences, np.int64)
         first, counts, position = table.T
@@ -147,6 +151,6 @@ def _wants_logits(scheduled: ScheduledSequence) -> bool:
     """Whether this step must give the sequence's logits, beyond the index of the largest."""
     seq = scheduled.seq
     params = seq.request.params
-    if params.return_logits or params.logprobs is not None:
+    if scheduled.num_scored or params.return_logits or params.logprobs is not None:
         return True
     return seq.forced_tokens is None and needs_row(params, seq.num_output_tokens)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from isologit.engine.request import SamplingParams
+from isologit.engine.sampling_params import SamplingParams
+from isologit.text.tokenizer import Tokenizer
 
 _LARGEST = 1e300  # far beyond any logit; the difference of two is still a number
 
@@ -23,45 +26,95 @@ def top_logprobs(row: np.ndarray, token_id: int, count: int, normaliser: float) 
     return wanted
 
 
-def choose_token(
-    row: np.ndarray,
-    params: SamplingParams,
-    token_ids: list[int],
-    num_output_tokens: int,
-    eos_token_ids: tuple[int, ...],
-    rng: np.random.Generator,
-) -> int:
-    """Token chosen from one float32 [vocab] row: penalty, forbidden stops, temperature, top-k, top-p, then a draw.
-
-    `token_ids` are prompt and output so far (the repetition penalty looks at both, as Keskar et al. 2019 and the
-    Hugging Face implementation do). With temperature 0 the argmax of the adjusted row.
-    """
-    logits = row.astype(np.float64)
-    if params.repetition_penalty != 1.0:
-        seen = np.unique(np.asarray(token_ids, np.int64))
-        values = logits[seen]
-        with np.errstate(over="ignore"):  # a penalty near 0 makes infinities, whose differences would be NaN
-            values = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        logits[seen] = values.clip(-_LARGEST, _LARGEST)
-    if num_output_tokens < params.min_tokens:
-        logits[[token for token in (*eos_token_ids, *params.stop_token_ids) if token < len(logits)]] = -np.inf
-    if params.greedy:
-        return int(logits.argmax())
-    logits -= logits.max()  # before the division, so that a tiny temperature ends at the argmax and not at NaN
-    with np.errstate(over="ignore"):
-        logits /= params.temperature
-    order = np.argsort(-logits, kind="stable")
-    if params.top_k > 0:
-        order = order[: params.top_k]
-    weights = np.exp(logits[order] - logits[order[0]])
-    weights /= weights.sum()
-    if params.top_p < 1.0:
-        # Keep the smallest set whose mass reaches top_p (Holtzman et al. 2019).
-        keep = int(np.searchsorted(np.cumsum(weights), params.top_p)) + 1
-        order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
-    return int(order[min(int(np.searchsorted(np.cumsum(weights), rng.random())), len(order) - 1)])
-
-
 def needs_row(params: SamplingParams, num_output_tokens: int) -> bool:
     """Whether the in-step argmax is not enough to choose the next token."""
-    return not params.greedy or params.repetition_penalty != 1.0 or num_output_tokens < params.min_tokens
+    return not params.greedy or params.adjusts_logits or num_output_tokens < params.min_tokens
+
+
+def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token sequences that spell the words, as vLLM finds them: at the start of a text, and after a space.
+
+    The second counts only where it begins with another token and is as long, as of tokenizers that join the space.
+    """
+    found: list[list[int]] = []
+    for word in words:
+        alone = tokenizer.encode_without_bos(word.lstrip())
+        spaced = tokenizer.encode_without_bos(" " + word.lstrip())
+        found.append(alone)
+        if spaced[:1] != alone[:1] and len(spaced) == len(alone):
+            found.append(spaced)
+    return [tokens for tokens in found if tokens]
+
+
+class Sampler:
+    """Chooses the tokens of one request. Order and meaning of the steps are those of vLLM.
+
+    Bias, penalties, tokens that are out, then the argmax; or temperature, min-p, top-k, top-p and a draw from `rng`.
+    stop_ids: tokens that may not come among the first `min_tokens`. bad_words: as of `bad_word_tokens`.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        rng: np.random.Generator,
+        *,
+        stop_ids: Sequence[int] = (),
+        bad_words: Sequence[list[int]] = (),
+    ) -> None:
+        self._params = params
+        self._rng = rng
+        self._stop_ids = stop_ids
+        self._bad_words = bad_words
+
+    def choose(self, row: np.ndarray, token_ids: list[int], num_prompt_tokens: int) -> int:
+        """Token chosen from one float32 [vocab] row; `token_ids` are the prompt and the output so far."""
+        logits = row.astype(np.float64)
+        self._adjust(logits, token_ids, token_ids[num_prompt_tokens:])
+        return int(logits.argmax()) if self._params.greedy else self._draw(logits)
+
+    def _adjust(self, logits: np.ndarray, token_ids: list[int], output: list[int]) -> None:
+        params = self._params
+        if params.logit_bias:
+            tokens = np.fromiter(params.logit_bias, np.int64)
+            logits[tokens] += np.fromiter(params.logit_bias.values(), np.float64)
+        if params.repetition_penalty != 1.0:  # Keskar et al. 2019
+            seen = np.unique(np.asarray(token_ids, np.int64))
+            values = logits[seen]
+            with np.errstate(over="ignore"):  # a penalty near 0 makes infinities, whose differences would be NaN
+                values = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            logits[seen] = values.clip(-_LARGEST, _LARGEST)
+        if output and (params.frequency_penalty or params.presence_penalty):
+            seen, counts = np.unique(np.asarray(output, np.int64), return_counts=True)
+            logits[seen] -= params.frequency_penalty * counts + params.presence_penalty
+        if params.allowed_token_ids is not None:
+            allowed = list(params.allowed_token_ids)
+            kept = logits[allowed]
+            logits[:] = -np.inf
+            logits[allowed] = kept
+        out = [word[-1] for word in self._bad_words if output[max(0, len(output) - len(word) + 1) :] == word[:-1]]
+        if len(output) < params.min_tokens:
+            out += [token for token in self._stop_ids if token < len(logits)]
+        kept = logits[out]
+        logits[out] = -np.inf
+        if np.isneginf(logits.max()):
+            logits[out] = kept  # one token must come
+
+    def _draw(self, logits: np.ndarray) -> int:
+        params = self._params
+        logits -= logits.max()  # before the division, so that a tiny temperature ends at the argmax and not at NaN
+        with np.errstate(over="ignore"):
+            logits /= params.temperature
+        order = np.argsort(-logits, kind="stable")
+        weights = np.exp(logits[order])
+        keep = len(order)
+        if params.min_p > 0.0:
+            keep = int(np.count_nonzero(weights >= params.min_p))
+        if params.top_k > 0:
+            keep = min(keep, params.top_k)
+        weights = weights[:keep] / weights[:keep].sum()
+        if params.top_p < 1.0:
+            # Keep the smallest set whose mass reaches top_p (Holtzman et al. 2019).
+            keep = int(np.searchsorted(np.cumsum(weights), params.top_p)) + 1
+            weights = weights[:keep] / weights[:keep].sum()
+        place = int(np.searchsorted(np.cumsum(weights), self._rng.random()))
+        return int(order[min(place, len(weights) - 1)])

@@ -14,6 +14,9 @@ from isologit.engine.request import Sequence, SequenceStatus
 from isologit.engine.speculation import Proposer
 from isologit.errors import ConfigError, RequestError
 
+_NAN = -1  # among chosen tokens: the row's logits are NaN
+_MOST_SCORED_ROWS = 256  # of a step: the logits of each are kept whole until its log-probabilities are taken
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -41,7 +44,8 @@ class ScheduledSequence:
 
     Fed are `seq.token_ids[start : start + num_tokens - len(draft_token_ids)] + draft_token_ids`. `num_logits` counts
     the last rows whose logits choose tokens: 0 if the chunk ends before the known tokens do, else 1 + number of drafts.
-    `num_accepted` is set by `commit`: tokens the sequence gained.
+    `num_scored` counts the rows before them whose logits say how likely the prompt's next tokens are: all others, if
+    that is wanted, else 0. `num_accepted` is set by `commit`: tokens the sequence gained.
     """
 
     seq: Sequence
@@ -49,6 +53,7 @@ class ScheduledSequence:
     num_tokens: int
     draft_token_ids: list[int]
     num_logits: int
+    num_scored: int = 0
     num_accepted: int = 0
 
 
@@ -147,8 +152,15 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self.finish(seq, "stop", stop)
             return True
-        seq.finish_reason, seq.stop_reason = "stop", stop
+        seq.finish_reason, seq.stop_reason, seq.error = "stop", stop, None
         return False
+
+    def fail(self, seq: Sequence, message: str) -> None:
+        """End a sequence of the step that runs, whose keys and values cannot be trusted; `commit` returns it."""
+        seq.error = message
+        self.blocks.forget(seq.block_ids)
+        self.finish(seq, "error")
+        self._unreported.append(seq)
 
     def drop_running(self) -> list[Sequence]:
         """End every running sequence with reason "error", as after a step that was not completed.
@@ -185,18 +197,23 @@ class Scheduler:
         if self.proposer is not None:
             # NOTE: a row is kept for each unfinished prompt, so drafts cannot bring prefill to a halt.
             budget -= self._add_drafts(self.proposer, scheduled, budget - len(prefilling))
+        scored_budget = _MOST_SCORED_ROWS
         for seq in prefilling:
-            budget -= _add_chunk(scheduled, seq, budget)
+            rows = _add_chunk(scheduled, seq, min(budget, scored_budget) if seq.scores_prompt else budget)
+            budget -= rows
+            scored_budget -= rows if seq.scores_prompt else 0
         while self._waiting and budget > 0 and len(self._running) < self.config.max_num_seqs:
             seq = self._waiting[0]
-            if seq.max_total_tokens == seq.num_prompt_tokens:
+            if seq.num_to_compute == 0 or not (seq.generates or seq.scores_prompt):
                 self._waiting.popleft()
                 self.finish(seq, "length")
                 self._unreported.append(seq)
                 continue
             if not self._admit(seq):
                 break
-            budget -= _add_chunk(scheduled, seq, budget)
+            rows = _add_chunk(scheduled, seq, min(budget, scored_budget) if seq.scores_prompt else budget)
+            budget -= rows
+            scored_budget -= rows if seq.scores_prompt else 0
         if not scheduled:
             if self._waiting or self._running:
                 raise AssertionError("work is left but nothing can be scheduled")
@@ -229,7 +246,7 @@ class Scheduler:
         blocks, needed = self.blocks, self._num_blocks_of(seq)
         if needed - (seq.num_prompt_tokens - 1) // blocks.block_size > blocks.num_free:
             return False
-        shared = blocks.match_prefix(seq.token_ids)
+        shared = [] if seq.scores_prompt else blocks.match_prefix(seq.token_ids)
         if not blocks.can_allocate(needed - len(shared), shared):
             return False
         self._waiting.popleft()
@@ -246,9 +263,10 @@ class Scheduler:
     def commit(self, plan: StepPlan, chosen: list[list[int]]) -> list[Sequence]:
         """Take over a step's result; returns the sequences that are finished.
 
-        `chosen[i]` holds the token chosen after each of the `num_logits` rows of `plan.sequences[i]`. Recorded tokens
-        replace them in a replay. Drafts are accepted as far as they agree, and the first choice after them comes on
-        top. Sequences aborted since `schedule` are passed over.
+        `chosen[i]` holds the token chosen after each of the `num_logits` rows of `plan.sequences[i]`, -1 where the row
+        is NaN: a sequence that would gain it ends with reason "error". Recorded tokens replace them in a replay. Drafts
+        are accepted as far as they agree, and the first choice after them comes on top. Sequences that ended since
+        `schedule` are passed over.
         """
         finished = self.take_finished()
         caching, block_size = self.blocks.enable_prefix_caching, self.blocks.block_size
@@ -261,13 +279,15 @@ class Scheduler:
                 continue
             if tokens:
                 if seq.forced_tokens is not None:
-                    begin = len(seq.token_ids) - seq.num_prompt_tokens
-                    tokens = seq.forced_tokens[begin : begin + entry.num_logits]
+                    begin = seq.num_output_tokens
+                    recorded = seq.forced_tokens[begin : begin + entry.num_logits]
+                    tokens = [_NAN if token == _NAN else said for token, said in zip(tokens, recorded, strict=False)]
                 if entry.draft_token_ids:
                     tokens = self._verify(entry, tokens)
                 known = seq.token_ids
                 token = tokens[0]
-                if len(tokens) == 1 and token not in seq.stop_ids and len(known) + 1 < seq.max_total_tokens:
+                is_open = len(known) + 1 < seq.max_total_tokens
+                if is_open and len(tokens) == 1 and token >= 0 and token not in seq.stop_ids:
                     known.append(token)  # nearly every row of nearly every step
                     entry.num_accepted = 1
                 elif self._append(entry, tokens):
@@ -275,11 +295,16 @@ class Scheduler:
                 computed = len(known) - 1
             else:
                 computed = entry.start + entry.num_tokens
+                if not seq.generates and computed == seq.num_to_compute:
+                    seq.finish_reason = "length"
+                    finished.append(seq)
             seq.num_computed_tokens = computed
             if caching and computed >= (seq.num_registered_blocks + 1) * block_size:
                 self._register_full_blocks(seq)
         for seq in finished:
             if seq.status is running:
+                if seq.error is not None:
+                    self.blocks.forget(seq.block_ids)
                 self.finish(seq, seq.finish_reason or "length", seq.stop_reason)
         return finished
 
@@ -300,6 +325,10 @@ class Scheduler:
         known = seq.token_ids
         before = len(known)
         for token in tokens:
+            if token == _NAN:
+                seq.finish_reason = "error"
+                seq.error = f"the model's logits for output token {seq.num_output_tokens + 1} are NaN"
+                break
             known.append(token)
             if token in seq.stop_ids:
                 params = seq.request.params
@@ -333,15 +362,19 @@ class Scheduler:
             name = f"request {seq.request.request_id}"
             if len(seq.block_ids) != self._num_blocks_of(seq):
                 raise AssertionError(f"{name} holds {len(seq.block_ids)} blocks instead of {self._num_blocks_of(seq)}")
-            if not seq.num_cached_tokens <= seq.num_computed_tokens < len(seq.token_ids) < seq.max_total_tokens:
+            known = len(seq.token_ids)
+            is_open = known < seq.max_total_tokens or not seq.generates
+            if not (is_open and seq.num_cached_tokens <= seq.num_computed_tokens < known):
                 raise AssertionError(f"{name}: {seq.num_computed_tokens} of {len(seq.token_ids)} tokens computed")
 
 
 def _add_chunk(scheduled: list[ScheduledSequence], seq: Sequence, budget: int) -> int:
     """Feed as much of the known tokens as the budget allows; returns the rows that took."""
     start = seq.num_computed_tokens
-    missing = len(seq.token_ids) - start
+    missing = seq.num_to_compute - start
     count = min(missing, budget)
     if count > 0:
-        scheduled.append(ScheduledSequence(seq, start, count, [], int(count == missing)))
+        num_logits = int(count == missing and seq.generates)
+        num_scored = count - num_logits if seq.scores_prompt else 0
+        scheduled.append(ScheduledSequence(seq, start, count, [], num_logits, num_scored))
     return count
