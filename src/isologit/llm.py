@@ -19,6 +19,7 @@ from isologit.config.engine_options import QkvLayout
 from isologit.engine.blocks import BlockPool
 from isologit.engine.calibration import CALIBRATION_ROWS, StepTimes, measure_step_times
 from isologit.engine.draft_model import DraftModelProposer
+from isologit.engine.kv_sizes import most_blocks, prepared_blocks, run_blocks
 from isologit.engine.loop import EngineLoop
 from isologit.engine.planner import Plan, plan
 from isologit.engine.request import GenerationRequest, RequestMetrics, RequestOutput, SamplingParams
@@ -32,10 +33,7 @@ from isologit.workload import demo_model_path
 
 Prompt = str | Mapping[str, Any]
 
-_PREFIX_CACHE_BLOCKS = 64  # blocks beyond what running requests can need, so that finished prefixes stay a while
 _OPEN_SLOTS, _OPEN_ROWS = 128, 512  # of a loop whose requests are not known, unless the options say otherwise
-_PREPARED_TOKENS, _PREPARED_BYTES = 32768, 2 << 30  # key/value memory that is ready before any request is known
-_DEFAULT_KV_SHARE = 0.5  # of the memory that is free when the model is loaded
 
 
 class LLM:
@@ -54,9 +52,7 @@ class LLM:
             fields["speculative_config"] = SpeculativeConfig(**fields["speculative_config"])
         self.options = replace(options or EngineOptions(), **fields)
         options = self.options
-        self.checkpoint = _open(
-            options.model or demo_model_path(), options, config=options.model_config, qkv_layout=options.qkv_layout
-        )
+        self.checkpoint = open_model(options)
         self.config: ModelConfig = self.checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(options.tokenizer or self.checkpoint.source)
         self.num_threads = options.num_threads or len(os.sched_getaffinity(0))
@@ -64,8 +60,9 @@ class LLM:
         self._model = self._load(self.checkpoint)
         self._draft = self._load_draft()
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
-        budget = options.kv_cache_memory_bytes or int(self._model.free_memory() * _DEFAULT_KV_SHARE)
-        self.max_kv_blocks = budget // self._kv_bytes_per_block()
+        self.max_kv_blocks = most_blocks(
+            self._model.free_memory(), self._kv_bytes_per_block(), options.kv_cache_memory_bytes
+        )
         self._num_kv_blocks = self._reserved_tokens = 0
         self._step_times: list[StepTimes] = []
         self._loop: EngineLoop | None = None
@@ -78,10 +75,9 @@ class LLM:
 
     def _load_draft(self) -> Backend | None:
         """The draft model, if one is asked for. Raises ModelError when its vocabulary is another one."""
-        name = self.options.draft_model
-        if name is None:
+        name, checkpoint = self.options.draft_model, open_draft_model(self.options)
+        if checkpoint is None:
             return None
-        checkpoint = _open(name, self.options)
         if checkpoint.config.vocab_size != self.config.vocab_size:
             raise ModelError(
                 f"{name}: a draft model needs the vocabulary of the model it guesses for, but it has "
@@ -93,9 +89,10 @@ class LLM:
         return sum(model.memory().kv_block for model in self._models)
 
     def close(self) -> None:
-        """Free the worker threads."""
+        """Free threads, weights, keys and values; nothing can run or be described afterwards. May be called twice."""
         for model in self._models:
             model.close()
+        self._models, self._draft = [], None
 
     # -- what can run ---------------------------------------------------------------------------------------------
 
@@ -223,8 +220,8 @@ class LLM:
         )
 
     def _make_loop(self, queue: list[GenerationRequest], chosen: Plan, zero_s: float) -> EngineLoop:
-        needs = sorted((self._blocks_of(request) for request in queue), reverse=True)
-        num_blocks = min(self.max_kv_blocks, sum(needs[: chosen.max_num_seqs]) + _PREFIX_CACHE_BLOCKS)
+        needs = [self._blocks_of(request) for request in queue]
+        num_blocks = run_blocks(needs, chosen.max_num_seqs, self.max_kv_blocks)
         return self._loop_of(chosen.max_num_seqs, chosen.max_num_batched_tokens, num_blocks, zero_s)
 
     def open_loop(self) -> EngineLoop:
@@ -296,10 +293,12 @@ class LLM:
         Prepared is key/value memory for 32768 tokens, 2 GiB at most; or all of `kv_cache_memory_bytes`, if given.
         """
         rows = max(1, min(CALIBRATION_ROWS[-1], self.max_kv_blocks))
-        ready = self.max_kv_blocks
-        if self.options.kv_cache_memory_bytes is None:
-            most = _PREPARED_BYTES // self._kv_bytes_per_block()
-            ready = min(ready, most, _PREPARED_TOKENS // self._model.block_size)
+        ready = prepared_blocks(
+            self.max_kv_blocks,
+            self._kv_bytes_per_block(),
+            self._model.block_size,
+            self.options.kv_cache_memory_bytes,
+        )
         self._make_room(max(rows, ready), rows)
         self._step_times = [measure_step_times(model, self.config.vocab_size, rows) for model in self._models]
 
@@ -330,6 +329,18 @@ class LLM:
             "num_speculative_tokens": options.num_speculative_tokens,
             "draft_model": options.draft_model,
         }
+
+
+def open_model(options: EngineOptions) -> Checkpoint:
+    """The checkpoint that these options name; its weights are read when they are asked for. Raises ModelError."""
+    return _open(
+        options.model or demo_model_path(), options, config=options.model_config, qkv_layout=options.qkv_layout
+    )
+
+
+def open_draft_model(options: EngineOptions) -> Checkpoint | None:
+    """The draft model's checkpoint, if there is one. Raises ModelError."""
+    return None if options.draft_model is None else _open(options.draft_model, options)
 
 
 def _open(

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from tests.cli.conftest import Invoke, read_jsonl, write_jsonl
 
+from isologit.common.memory import FreeMemory
+
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FILES = {"outputs.jsonl", "steps.jsonl", "result.json", "certificate.json", "report.html", "logits"}
 
@@ -189,3 +191,27 @@ def test_replay_of_the_contest_answers_gives_their_texts(invoke: Invoke, tmp_pat
     lines = read_jsonl(tmp_path / "out" / "outputs.jsonl")
     recorded = read_jsonl(answers)[:40]
     assert [line["text"] for line in lines] == [record["llama2_7b_text"] for record in recorded]
+
+
+def test_the_plan_alone_loads_nothing_and_ends(invoke: Invoke, prompts: Path, tmp_path: Path) -> None:
+    done = invoke("run", "--dataset", prompts, "--output", tmp_path / "out", "--plan-only")
+    assert done.exit_code == 0, done.output
+    assert "keys and values" in done.stdout
+    assert "peak " in done.stdout
+    assert not (tmp_path / "out").exists()
+    found = json.loads(invoke("run", "--dataset", prompts, "--plan-only", "--json").stdout)
+    assert found["refusal"] is None
+    assert set(found["stages"]) == {"load", "run", "baseline", "certificate"}
+
+
+def test_a_model_that_does_not_fit_is_refused_in_one_line_before_anything_is_loaded(
+    invoke: Invoke, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isologit.job.preview.free_memory", lambda: FreeMemory(1 << 20, "the control group"))
+    monkeypatch.setattr("isologit.job.run.load_engine", None)
+    done = invoke("run", "--dataset", prompts, "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "the control group allows" in done.output
+    assert "free " in done.output
+    assert done.output.count("error:") == 1
+    assert not (tmp_path / "out").exists()

@@ -86,8 +86,9 @@ def test_keys_and_values_of_another_request(prompts: Path, tmp_path: Path, monke
     execute = Runner.execute
 
     def confused(self: Runner, plan: StepPlan) -> StepResult:
-        if {"r3", "r6"} <= self._tables.keys():
-            self._tables["r3"] = self._tables["r6"]
+        tables = self._tables
+        if {"r3", "r6"} <= tables._row_of.keys():
+            tables.array[tables._row_of["r3"]] = tables.array[tables._row_of["r6"]]
         return execute(self, plan)
 
     monkeypatch.setattr(Runner, "execute", confused)

@@ -78,6 +78,10 @@ class Bars:
                 self._task, total=1.0, completed=progress.fraction, detail=self._pace.detail(progress)
             )
 
+    def note(self, text: str) -> None:
+        """A line above the bars."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
 
 class Lines:
     """One line for every stage, and one every few seconds within it."""
@@ -98,3 +102,7 @@ class Lines:
         if now - self._shown >= _LINE_EVERY_S:
             self._shown = now
             print(f"{self._stage}: {self._pace.detail(progress)}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        print(text, file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ import typer
 from isologit.cli.exits import Exit, interrupt_on_sigterm, leave, reporting_errors
 from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError
-from isologit.job.options import DEFAULT_BASELINE_REQUESTS, DEFAULT_MAX_NEW_TOKENS, RunOptions
+from isologit.job.options import DEFAULT_BASELINE_REQUESTS, DEFAULT_BASELINE_SECONDS, DEFAULT_MAX_NEW_TOKENS, RunOptions
 from isologit.workload.dataset import DatasetFormat
 
 if TYPE_CHECKING:
@@ -94,6 +94,12 @@ def run_command(
     as_json: Annotated[
         bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="Print one JSON object and nothing else.")
     ] = False,
+    plan_only: Annotated[
+        bool,
+        typer.Option(
+            "--plan-only", rich_help_panel=_OUTPUT, help="Only say what memory the run would take, stage by stage."
+        ),
+    ] = False,
     profile: Annotated[
         bool,
         typer.Option(
@@ -147,6 +153,12 @@ def run_command(
             help="Requests also timed one at a time with Hugging Face transformers; 0 leaves that out.",
         ),
     ] = str(DEFAULT_BASELINE_REQUESTS),
+    baseline_seconds: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=_PROOF, metavar="S", help="Time fewer of them if all are predicted to take longer."
+        ),
+    ] = DEFAULT_BASELINE_SECONDS,
     capture_rows: Annotated[
         int | None,
         typer.Option(
@@ -194,6 +206,7 @@ def run_command(
             ignore_eos=ignore_eos,
             max_new_tokens=max_new_tokens,
             baseline_requests=_baseline_requests(baseline_requests),
+            baseline_seconds=baseline_seconds,
             certify_seconds=certify_seconds,
             save_logits=save_logits,
             capture_rows=capture_rows,
@@ -201,15 +214,33 @@ def run_command(
             resume=resume,
             profile=profile,
         )
-        result = _run(options, as_json=as_json)
-        code = Exit.INVALID if not result.valid else Exit.SOME_FAILED if result.num_failed else Exit.OK
-        if as_json:
-            print(json.dumps({**result.data, "exit_code": int(code)}))
-        else:
-            from isologit.cli.summary import print_summary
-
-            print_summary(result)
+        code = (_show_memory_plan if plan_only else _run_and_show)(options, as_json=as_json)
     raise typer.Exit(code)
+
+
+def _show_memory_plan(options: RunOptions, *, as_json: bool) -> Exit:
+    """Print the memory of a run, whether it can be made or not."""
+    from isologit.cli.summary import print_memory_plan
+    from isologit.job.preview import plan_run
+
+    plan = plan_run(options)
+    if as_json:
+        print(json.dumps(plan.to_dict()))
+    else:
+        print_memory_plan(plan)
+    return Exit.OK
+
+
+def _run_and_show(options: RunOptions, *, as_json: bool) -> Exit:
+    result = _run(options, as_json=as_json)
+    code = Exit.INVALID if not result.valid else Exit.SOME_FAILED if result.num_failed else Exit.OK
+    if as_json:
+        print(json.dumps({**result.data, "exit_code": int(code)}))
+    else:
+        from isologit.cli.summary import print_summary
+
+        print_summary(result)
+    return code
 
 
 def _run(options: RunOptions, *, as_json: bool) -> RunResult:

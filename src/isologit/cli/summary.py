@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isologit.job.folder import OUTPUTS, REPORT
+from isologit.job.memory_plan import GIB, MemoryPlan, gib
 from isologit.job.result import RunResult
 
 
@@ -26,6 +27,27 @@ def print_summary(result: RunResult) -> None:
     if result.num_failed:
         console.print(f"{result.num_failed} requests have no answer; {OUTPUTS} says why", markup=False, highlight=False)
     console.print(f"{result.folder / REPORT}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_memory_plan(plan: MemoryPlan) -> None:
+    """Print what every stage of a run will hold, and the proof that there is room for."""
+    table = Table(title="memory by stage, in GiB", title_justify="left")
+    table.add_column("")
+    names = list(dict.fromkeys(name for stage in plan.stages for name in stage.parts))
+    for stage in plan.stages:
+        table.add_column(stage.name, justify="right")
+    for name in names:
+        table.add_row(name, *(f"{stage.parts[name] / GIB:.2f}" if name in stage.parts else "" for stage in plan.stages))
+    table.add_section()
+    table.add_row("in all", *(f"{stage.nbytes / GIB:.2f}" for stage in plan.stages), style="bold")
+    console = Console()
+    console.print(table)
+    lines = [
+        f"peak {gib(plan.peak.nbytes)}; {plan.allowed.limited_by} allows {gib(plan.allowed.nbytes)}",
+        f"reference: {plan.reference}; baseline: {plan.baseline_dtype or 'none'}",
+        *(line for line in (plan.no_baseline, plan.refusal) if line is not None),
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
@@ -61,9 +83,13 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 "speed-up",
                 f"{baseline['speedup']:.1f}x on the same {baseline['requests']} requests: baseline "
-                f"{baseline['seconds']:.2f} s, engine {baseline['engine_s']:.2f} s",
+                f"{baseline['seconds']:.2f} s in {baseline['dtype']}, engine {baseline['engine_s']:.2f} s",
             )
         )
+    elif data["no_baseline"] is not None:
+        rows.append(("speed-up", data["no_baseline"]))
+    memory = data["memory"]
+    rows.append(("memory", f"peak {gib(memory['peak_bytes'])}, planned {gib(memory['planned_peak_bytes'])}"))
     certificate = data["certificate"]
     if certificate["max_abs"] is not None:
         rows.append(

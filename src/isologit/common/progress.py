@@ -17,10 +17,14 @@ class Progress:
 
 
 class Observer(Protocol):
-    """Is told of every stage and of progress within it; `progress` may be called from another thread."""
+    """Is told of every stage, of progress within it, and in a line what a user should know before it is over.
+
+    `progress` may be called from another thread.
+    """
 
     def stage(self, name: str) -> None: ...
     def progress(self, progress: Progress) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
 class Silent:
@@ -31,3 +35,6 @@ class Silent:
 
     def progress(self, progress: Progress) -> None:
         """Something of it is done."""
+
+    def note(self, text: str) -> None:
+        """Something that should be known."""

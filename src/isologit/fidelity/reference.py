@@ -129,6 +129,7 @@ class Reference:
         *,
         ignore_eos: bool = False,
         forced: Sequence[int] | None = None,
+        on_token: Callable[[int], None] | None = None,
     ) -> list[int]:
         """Greedy output tokens with transformers' own key-value cache; the last one is EOS if the model ended.
 
@@ -137,7 +138,7 @@ class Reference:
         tokens and the same speed within 4 % (4.3 to 4.9 ms a token on two cores, 3.3 million parameters).
 
         forced: output tokens to feed instead of the argmax (replay); the computation is the same, EOS does not end it,
-        and `max_tokens` is not used.
+        and `max_tokens` is not used. on_token(count) is called after each.
         """
         num_steps = max_tokens if forced is None else len(forced)
         stop = frozenset() if ignore_eos or forced is not None else frozenset(eos_token_ids)
@@ -147,6 +148,8 @@ class Reference:
             for step in range(num_steps):
                 token = int(self._step(fed, cache).argmax())
                 chosen.append(token if forced is None else forced[step])
+                if on_token is not None:
+                    on_token(len(chosen))
                 if token in stop:
                     break
                 fed = chosen[-1:]

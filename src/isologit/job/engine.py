@@ -1,4 +1,4 @@
-"""What the job needs of an engine and of a reference, and how the real ones are made.
+"""What the job needs of an engine and of a baseline, and how the real engine is made.
 
 Tests put others in their place. Nothing here knows what a run is.
 """
@@ -13,7 +13,6 @@ from isologit.config import EngineOptions, ModelConfig
 from isologit.engine.planner import Plan
 from isologit.engine.request import GenerationRequest, RequestOutput
 from isologit.engine.step_record import StepRecord
-from isologit.fidelity.certifier import ScoringReference
 from isologit.text.tokenizer import Tokenizer
 
 
@@ -46,16 +45,12 @@ class TimedBaseline(Protocol):
         *,
         ignore_eos: bool = False,
         forced: Sequence[int] | None = None,
+        on_token: Callable[[int], None] | None = None,
     ) -> list[int]: ...
     def identity(self) -> dict[str, str]: ...
 
 
-class TimedReference(TimedBaseline, ScoringReference, Protocol):
-    """Both."""
-
-
 EngineFactory = Callable[[EngineOptions], Engine]
-ReferenceFactory = Callable[[Engine], TimedReference]
 
 
 def load_engine(options: EngineOptions) -> Engine:
@@ -63,10 +58,3 @@ def load_engine(options: EngineOptions) -> Engine:
     from isologit.llm import LLM
 
     return LLM(options=options)
-
-
-def load_reference(engine: Engine) -> TimedReference:
-    """Hugging Face's model of the engine's checkpoint; torch's threads are the caller's. Raises ModelError."""
-    from isologit.fidelity import Reference
-
-    return Reference(engine.checkpoint)

@@ -125,13 +125,14 @@ class Journal:
                 os.fsync(file.fileno())
 
     def captured(self) -> dict[tuple[str, int], np.ndarray]:
-        """Rows float32 [vocab] by request id and output index, mapped from the file."""
+        """Rows float32 [vocab] of complete requests, by request id and output index, mapped from the file."""
         if not self._num_rows:
             return {}
         rows = np.memmap(self._rows_path, np.float32, "r", shape=(self._num_rows, self._vocab_size))
         return {
             (found.request_id, index): rows[row]
             for found in self.finished.values()
+            if found.completed
             for index, row in found.rows.items()
         }
 

@@ -14,21 +14,26 @@ from isologit.workload.dataset import DatasetFormat
 SaveLogits = Literal["none", "captured", "contest"]
 
 DEFAULT_BASELINE_REQUESTS = 48
+DEFAULT_BASELINE_SECONDS = 300.0
 DEFAULT_MAX_NEW_TOKENS = 128
 
 _AT_LEAST_ONE = ("limit", "max_new_tokens", "capture_rows")
 _AT_LEAST_ZERO = ("capture_seed", "baseline_requests")
 
 # NOTE: these change neither what is computed nor what is timed, so a resumed run may be given others.
-_FREE_ON_RESUME = ("output", "resume", "baseline_requests", "certify_seconds", "num_threads", "capture_seed", "profile")
+_FREE_ON_RESUME = (
+    "output", "resume", "baseline_requests", "baseline_seconds", "certify_seconds", "num_threads", "capture_seed",
+    "profile",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """Everything `isologit run` can be told. Raises ConfigError for values that mean nothing.
 
-    dataset: None is the built-in prompts, or the replay file when there is one. baseline_requests: None measures all.
-    capture_rows, capture_seed, certify_seconds: None chooses. The engine's seed also draws the baseline's sample.
+    dataset: None is the built-in prompts, or the replay file when there is one. baseline_requests: None measures all;
+    baseline_seconds: fewer are measured if they are predicted to take longer. capture_rows, capture_seed,
+    certify_seconds: None chooses. The engine's seed also draws the baseline's sample.
     """
 
     engine: EngineOptions = EngineOptions()  # noqa: RUF009 - frozen
@@ -40,6 +45,7 @@ class RunOptions:
     ignore_eos: bool = False
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     baseline_requests: int | None = DEFAULT_BASELINE_REQUESTS
+    baseline_seconds: float = DEFAULT_BASELINE_SECONDS
     certify_seconds: float | None = None
     save_logits: SaveLogits = "captured"
     capture_rows: int | None = None
@@ -53,8 +59,10 @@ class RunOptions:
                 value = getattr(self, name)
                 if value is not None and value < least:
                     raise ConfigError(f"{name} must be at least {least}, not {value}")
-        if self.certify_seconds is not None and not self.certify_seconds > 0:
-            raise ConfigError(f"certify_seconds must be above 0, not {self.certify_seconds}")
+        for name in ("certify_seconds", "baseline_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0, not {value}")
         if self.resume and self.output is None:
             raise ConfigError("resume needs the output folder of the interrupted run; name it with --output")
 

@@ -6,12 +6,24 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+from isologit.config import ModelConfig
 from isologit.engine.request import GenerationRequest, SamplingParams
 from isologit.errors import DatasetError, RequestError
-from isologit.job.engine import Engine
 from isologit.job.options import RunOptions
+from isologit.text.tokenizer import Tokenizer
 from isologit.workload import BadRequest, RequestSpec, builtin_requests, load_dataset, load_replay
+
+
+class Model(Protocol):
+    """What requests are checked against: an engine, or a model that is not loaded yet."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    def check(self, request: GenerationRequest) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,13 +64,13 @@ class Prepared:
         return digest.hexdigest()
 
 
-def preprocess(options: RunOptions, engine: Engine) -> Prepared:
+def preprocess(options: RunOptions, model: Model) -> Prepared:
     """Read the dataset and check every request.
 
     Raises DatasetError when the file cannot be read, when the replay file lacks a request, or when nothing can run.
     """
-    listed = _read(options, engine)
-    replay = None if options.replay is None else load_replay(options.replay, engine.tokenizer)
+    listed = _read(options, model)
+    replay = None if options.replay is None else load_replay(options.replay, model.tokenizer)
     requests: list[GenerationRequest] = []
     order: list[str | BadRequest] = []
     for entry in listed:
@@ -66,8 +78,8 @@ def preprocess(options: RunOptions, engine: Engine) -> Prepared:
             order.append(entry)
             continue
         try:
-            request = _request(entry, options, engine, replay)
-            engine.check(request)
+            request = _request(entry, options, model, replay)
+            model.check(request)
         except RequestError as error:
             order.append(BadRequest(entry.id, entry.where, str(error), entry.prompt))
         else:
@@ -86,12 +98,12 @@ def preprocess(options: RunOptions, engine: Engine) -> Prepared:
     return prepared
 
 
-def _read(options: RunOptions, engine: Engine) -> list[RequestSpec | BadRequest]:
+def _read(options: RunOptions, model: Model) -> list[RequestSpec | BadRequest]:
     file = options.dataset_file
     if file is not None:
         return load_dataset(
             file,
-            engine.tokenizer,
+            model.tokenizer,
             limit=options.limit,
             default_max_new_tokens=options.max_new_tokens,
             format=options.dataset_format,
@@ -101,23 +113,23 @@ def _read(options: RunOptions, engine: Engine) -> list[RequestSpec | BadRequest]
 
 
 def _request(
-    spec: RequestSpec, options: RunOptions, engine: Engine, replay: Mapping[str, list[int]] | None
+    spec: RequestSpec, options: RunOptions, model: Model, replay: Mapping[str, list[int]] | None
 ) -> GenerationRequest:
     forced = None
     if replay is not None:
         if spec.id not in replay:
             raise DatasetError(f"{options.replay}: has no answer to request {spec.id}; record it, or use --limit")
         # An answer without text was ended at once; one without even a token to say so cannot be replayed.
-        forced = replay[spec.id] or list(engine.config.eos_token_ids[:1])
+        forced = replay[spec.id] or list(model.config.eos_token_ids[:1])
         if not forced:
             raise RequestError(f"request {spec.id}: its recorded answer is empty; record at least one token")
     ids = spec.prompt_token_ids
     if ids is None:
-        if engine.tokenizer is None:
+        if model.tokenizer is None:
             raise DatasetError(
                 f"{spec.where}: the prompt is text and the model has no tokenizer; name one with --tokenizer"
             )
-        ids = engine.tokenizer.encode(spec.prompt) if spec.prompt else []
+        ids = model.tokenizer.encode(spec.prompt) if spec.prompt else []
     length = spec.max_new_tokens if forced is None else len(forced)
     params = SamplingParams(max_tokens=length, ignore_eos=options.ignore_eos)
     return GenerationRequest(spec.id, list(ids), params, prompt=spec.prompt, replay_token_ids=forced)

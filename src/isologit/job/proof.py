@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.common.progress import Observer, Progress
 from isologit.fidelity import (
     CAPTURES,
     CapturedRow,
     Certificate,
+    Reference,
     ScoredRequest,
+    StreamedReference,
     certify,
     code_hash,
     contest_positions,
@@ -23,7 +27,8 @@ from isologit.fidelity import (
     write_captures,
     write_contest_logits,
 )
-from isologit.job.engine import Engine, TimedReference
+from isologit.fidelity.certifier import ScoringReference
+from isologit.job.engine import Engine
 from isologit.job.journal import FinishedRequest
 from isologit.job.options import RunOptions
 from isologit.job.preprocess import Prepared
@@ -43,14 +48,17 @@ def fresh_capture_seed(options: RunOptions) -> int:
     return secrets.randbits(63) if options.capture_seed is None else options.capture_seed
 
 
-def plan_capture(prepared: Prepared, options: RunOptions, seed: int, vocab_size: int) -> CapturePlan:
+def num_captured_rows(lengths: Mapping[str, int], options: RunOptions, vocab_size: int) -> int:
+    """How many rows are kept of requests of so many output tokens at most: those asked for, or a share of all."""
+    if options.capture_rows is not None:
+        return options.capture_rows
+    rows = min(_MOST_ROWS, max(_LEAST_ROWS, int(_SHARE_OF_TOKENS * sum(lengths.values()))))
+    return max(1, min(rows, _MOST_BYTES // (4 * vocab_size)))
+
+
+def plan_capture(lengths: Mapping[str, int], options: RunOptions, seed: int, vocab_size: int) -> CapturePlan:
     """The rows the certificate will ask for."""
-    lengths = prepared.max_tokens
-    rows = options.capture_rows
-    if rows is None:
-        rows = min(_MOST_ROWS, max(_LEAST_ROWS, int(_SHARE_OF_TOKENS * sum(lengths.values()))))
-        rows = max(1, min(rows, _MOST_BYTES // (4 * vocab_size)))
-    return draw_capture_plan(lengths, seed=seed, rows=rows)
+    return draw_capture_plan(lengths, seed=seed, rows=num_captured_rows(lengths, options, vocab_size))
 
 
 def add_contest_rows(plan: CapturePlan, prepared: Prepared) -> CapturePlan:
@@ -91,13 +99,18 @@ def hashes(engine: Engine, prepared: Prepared) -> dict[str, str]:
     }
 
 
+def load_reference(checkpoint: Checkpoint, how: Literal["whole", "streamed"]) -> ScoringReference:
+    """Hugging Face's model of the checkpoint; torch's threads are the caller's. Raises ModelError."""
+    return Reference(checkpoint) if how == "whole" else StreamedReference(checkpoint)
+
+
 def make_certificate(
     prepared: Prepared,
     finished: Mapping[str, FinishedRequest],
     rows: Rows,
     plan: CapturePlan,
-    engine: Engine,
-    reference: TimedReference,
+    eos_token_ids: Sequence[int],
+    reference: ScoringReference,
     observer: Observer,
     *,
     options: RunOptions,
@@ -124,7 +137,7 @@ def make_certificate(
         rows,
         reference,
         expected_ids=[request.request_id for request in prepared.requests],
-        eos_token_ids=engine.config.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         capture_plan=plan,
         mode=options.mode,
         replayed=replayed,

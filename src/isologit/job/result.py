@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from isologit.common.environment import describe_environment
+from isologit.common.memory import peak_resident_bytes
 from isologit.engine.planner import Plan
 from isologit.fidelity import Certificate
 from isologit.job.baseline import Baseline
 from isologit.job.engine import Engine
 from isologit.job.journal import FinishedRequest
+from isologit.job.memory_plan import MemoryPlan
 from isologit.job.options import RunOptions
 from isologit.job.preprocess import Prepared
 from isologit.job.state import Segment
@@ -63,7 +65,9 @@ class Findings:
     capture: Mapping[str, Any]
     engine_facts: Mapping[str, Any]
     plan: Plan | None
+    memory: MemoryPlan
     baseline: Baseline | None = None
+    no_baseline: str | None = None
     profile: Mapping[str, Any] | None = None
 
 
@@ -105,6 +109,8 @@ def build_result(found: Findings, certificate: Certificate, engine: Engine, fold
         "plan": _plan(found, inference_s),
         "profile": found.profile,
         "baseline": None if found.baseline is None else found.baseline.to_dict(),
+        "no_baseline": found.no_baseline,
+        "memory": {**found.memory.to_dict(), "peak_bytes": peak_resident_bytes()},
         "certificate": _verdict(certificate),
         "capture": dict(found.capture),
         "model": {

@@ -6,6 +6,7 @@ certificate after it; all of them are timed and listed apart.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,19 +14,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from isologit.common.progress import Observer, Silent
 from isologit.errors import DatasetError, IsologitError
-from isologit.job.baseline import Baseline, measure_baseline
-from isologit.job.engine import Engine, EngineFactory, ReferenceFactory, TimedReference, load_engine, load_reference
+from isologit.fidelity import Reference
+from isologit.fidelity.certifier import ScoringReference
+from isologit.job.baseline import Baseline, BaselineSpeed, measure_baseline, time_engine
+from isologit.job.engine import Engine, EngineFactory, load_engine
 from isologit.job.folder import CERTIFICATE, OUTPUTS, RESULT, STEPS, OutputFolder
 from isologit.job.inference import infer
 from isologit.job.journal import Journal
 from isologit.job.machine import measure_limits
+from isologit.job.memory_plan import MemoryPlan
 from isologit.job.options import RunOptions
 from isologit.job.outputs import output_lines, step_lines
 from isologit.job.preprocess import Prepared, preprocess
+from isologit.job.preview import plan_run
 from isologit.job.profile import LAYER_PRODUCTS, profile
-from isologit.job.proof import add_contest_rows, fresh_capture_seed, hashes, make_certificate, plan_capture, save_rows
+from isologit.job.proof import (
+    add_contest_rows,
+    fresh_capture_seed,
+    hashes,
+    load_reference,
+    make_certificate,
+    plan_capture,
+    save_rows,
+)
 from isologit.job.result import Clock, Findings, RunResult, build_result, inference_seconds
 from isologit.job.state import RunState, Segment, load_state
 from isologit.job.threads import fastest_thread_count, torch_threads
@@ -51,7 +66,6 @@ def run_job(
     *,
     observer: Observer | None = None,
     engine_factory: EngineFactory = load_engine,
-    reference_factory: ReferenceFactory = load_reference,
 ) -> RunResult:
     """Do everything and write the output folder.
 
@@ -60,7 +74,7 @@ def run_job(
     """
     _require_files(options)
     folder = OutputFolder.claim(options.output_folder(), resume=options.resume)
-    job = _Job(options, folder, observer or Silent(), engine_factory, reference_factory)
+    job = _Job(options, folder, observer or Silent(), engine_factory)
     try:
         return job.run()
     except KeyboardInterrupt:
@@ -86,14 +100,12 @@ class _Job:
         folder: OutputFolder,
         observer: Observer,
         engine_factory: EngineFactory,
-        reference_factory: ReferenceFactory,
     ) -> None:
         self.options = options
         self.folder = folder
         self.observer = observer
         self.num_requests = 0
         self._engine_factory = engine_factory
-        self._reference_factory = reference_factory
         self._engine: Engine | None = None
         self._journal: Journal | None = None
         self._clock = Clock()
@@ -114,6 +126,11 @@ class _Job:
 
     def run(self) -> RunResult:
         options, clock, observer = self.options, self._clock, self.observer
+        observer.stage("planning memory")
+        memory = plan_run(options)
+        memory.require_fits()
+        if memory.no_baseline is not None:
+            observer.note(memory.no_baseline)
         engine = self._load()
         with self._timed("warm_up_s", "warming up"):
             engine.warm_up()
@@ -124,7 +141,7 @@ class _Job:
         segment = Segment(began.isoformat(timespec="seconds"), time.perf_counter() - start)
         found_hashes = hashes(engine, prepared)
         state = self._state(found_hashes)
-        plan = plan_capture(prepared, options, state.capture_seed, engine.config.vocab_size)
+        plan = plan_capture(prepared.max_tokens, options, state.capture_seed, engine.config.vocab_size)
         kept = add_contest_rows(plan, prepared) if options.save_logits == "contest" else plan
 
         self.num_requests = len(prepared.requests)
@@ -145,25 +162,23 @@ class _Job:
         self.folder.write_lines(STEPS, step_lines(journal.steps, state.segments))
 
         with self._timed("baseline_s", "timing the baseline"):
-            reference = self._reference_factory(engine)
-            baseline = self._baseline(prepared, journal, engine, reference, inference_seconds(state.segments))
-        with (
-            self._timed("certificate_s", "checking against the reference"),
-            _fastest_threads(reference, journal, engine),
-        ):
-            certificate = make_certificate(
-                prepared,
-                journal.finished,
-                rows,
-                plan,
-                engine,
-                reference,
-                observer,
-                options=options,
-                seed=state.capture_seed,
-                run_s=inference_seconds(state.segments),
-                found_hashes=found_hashes,
-            )
+            loaded, baseline, no_baseline = self._baseline(memory, prepared, journal, engine, state)
+        with self._timed("certificate_s", "checking against the reference"):
+            reference = loaded or load_reference(engine.checkpoint, memory.reference)
+            with torch_threads(_scoring_threads(reference, journal, engine.num_threads)):
+                certificate = make_certificate(
+                    prepared,
+                    journal.finished,
+                    rows,
+                    plan,
+                    engine.config.eos_token_ids,
+                    reference,
+                    observer,
+                    options=options,
+                    seed=state.capture_seed,
+                    run_s=inference_seconds(state.segments),
+                    found_hashes=found_hashes,
+                )
         capture = {"seed": state.capture_seed, "rows_planned": sum(map(len, plan.values())), "rows_kept": len(rows)}
         found = Findings(
             options=options,
@@ -177,6 +192,8 @@ class _Job:
             engine_facts=engine_facts,
             plan=chosen,
             baseline=baseline,
+            no_baseline=no_baseline,
+            memory=memory,
             profile=self._profile(journal, engine, engine_facts, phases, len(state.segments) - 1),
         )
         result = build_result(found, certificate, engine, self.folder.path)
@@ -201,25 +218,49 @@ class _Job:
         return state
 
     def _baseline(
-        self, prepared: Prepared, journal: Journal, engine: Engine, reference: TimedReference, inference_s: float
-    ) -> Baseline | None:
-        completed = [
-            request
-            for request in prepared.requests
-            if request.request_id in journal.finished and journal.finished[request.request_id].completed
-        ]
-        if self.options.baseline_requests == 0 or not completed:
-            return None
-        return measure_baseline(
-            completed,
-            {request_id: found.token_ids for request_id, found in journal.finished.items()},
-            engine,
-            reference,
+        self, memory: MemoryPlan, prepared: Prepared, journal: Journal, engine: Engine, state: RunState
+    ) -> tuple[Reference | None, Baseline | None, str | None]:
+        """Time the baseline. Returns the whole reference, if it was loaded for it; the baseline; and why there is none.
+
+        NOTE: the engine runs for the last time here. Its memory is free before transformers' model is loaded.
+        """
+        options = self.options
+        tokens = {request_id: found.token_ids for request_id, found in journal.finished.items() if found.completed}
+        completed = [request for request in prepared.requests if request.request_id in tokens]
+        timed = None
+        if memory.baseline_dtype is not None and completed:
+            dtype: torch.dtype = getattr(torch, memory.baseline_dtype)
+            speed = BaselineSpeed(engine.config, dtype, engine.num_threads)
+            timed = time_engine(
+                completed,
+                tokens,
+                engine,
+                lambda request: speed.seconds(len(request.prompt_token_ids), len(tokens[request.request_id])),
+                size=options.baseline_requests,
+                seed=options.engine.seed,
+                budget_s=options.baseline_seconds,
+                main_inference_s=inference_seconds(state.segments),
+            )
+        engine.close()
+        gc.collect()
+        if timed is None:
+            slow = memory.baseline_dtype is not None and bool(completed)
+            why = f"no baseline was timed: one request alone would take longer than {options.baseline_seconds:g} s"
+            return None, None, why if slow else memory.no_baseline
+        model = Reference(engine.checkpoint, dtype=dtype)
+        baseline = measure_baseline(
+            timed,
+            tokens,
+            model,
             self.observer,
-            size=self.options.baseline_requests,
-            seed=self.options.engine.seed,
-            main_inference_s=inference_s,
+            dtype=str(memory.baseline_dtype),
+            eos_token_ids=engine.config.eos_token_ids,
+            most_threads=engine.num_threads,
+            seed=options.engine.seed,
+            budget_s=options.baseline_seconds,
         )
+        both = memory.reference == "whole" and dtype == torch.float32
+        return model if both else None, baseline, None
 
     def _profile(
         self, journal: Journal, engine: Engine, facts: Mapping[str, Any], phases: Mapping[str, float], segment: int
@@ -244,15 +285,10 @@ class _Job:
         setattr(self._clock, field, time.perf_counter() - start)
 
 
-@contextmanager
-def _fastest_threads(reference: TimedReference, journal: Journal, engine: Engine) -> Iterator[None]:
-    """Re-scoring with the number of threads that it is fastest with."""
-    answered = sorted((r for r in journal.finished.values() if r.token_ids), key=lambda r: len(r.token_ids))
-    threads = engine.num_threads
-    if answered:
-        sample = answered[len(answered) // 2]
-        threads = fastest_thread_count(
-            lambda: list(reference.score_all([(sample.prompt_token_ids, sample.token_ids)])), engine.num_threads
-        )
-    with torch_threads(threads):
-        yield
+def _scoring_threads(reference: ScoringReference, journal: Journal, most: int) -> int:
+    """The number of threads that re-scoring is fastest with. A streamed reference reads while it computes: all."""
+    answered = [found for found in journal.finished.values() if found.completed and found.token_ids]
+    if not isinstance(reference, Reference) or not answered:
+        return most
+    found = min(answered, key=lambda found: len(found.prompt_token_ids) + len(found.token_ids))
+    return fastest_thread_count(lambda: reference.score(found.prompt_token_ids, found.token_ids), most)

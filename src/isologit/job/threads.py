@@ -24,7 +24,9 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def fastest_thread_count(work: Callable[[], object], most: int) -> int:
-    """Of 1, 2, 4, ... and `most` threads the one with which `work` is fastest: the best of three tries each.
+    """Of 1, 2, 4, ... and `most` threads the one with which `work` is fastest.
+
+    Each is tried three times and the best counts; once, if that takes long.
 
     NOTE: on small models, and on machines that do other things, more threads are often slower, by up to twenty times.
     """
@@ -34,14 +36,10 @@ def fastest_thread_count(work: Callable[[], object], most: int) -> int:
 
 
 def _best_time(work: Callable[[], object], count: int) -> float:
-    best, spent = float("inf"), 0.0
+    spent: list[float] = []
     with torch_threads(count):
-        work()  # the first call on other threads starts them
-        for _ in range(_REPEATS):
+        while len(spent) <= _REPEATS and sum(spent) <= _LONG_S:
             start = time.perf_counter()
             work()
-            seconds = time.perf_counter() - start
-            best, spent = min(best, seconds), spent + seconds
-            if spent > _LONG_S:
-                break
-    return best
+            spent.append(time.perf_counter() - start)
+    return min(spent[1:] or spent)  # the first call on other threads starts them, which shows in short work only

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import psutil
 import torch
 
 from isologit.backends.base import LoadOptions, Memory
@@ -42,6 +41,7 @@ from isologit.backends.cpu.step import (
 from isologit.backends.cpu.work import attention_work, split
 from isologit.backends.rope import rope_inv_freq
 from isologit.checkpoints.checkpoint import Checkpoint
+from isologit.common.memory import free_memory
 from isologit.config import ModelConfig
 from isologit.errors import ModelError
 
@@ -198,8 +198,9 @@ class CPUBackend:
         )
 
     def close(self) -> None:
-        """End the worker threads; the model cannot be used afterwards."""
+        """End the worker threads and let go of all memory; the model cannot be used afterwards."""
         self._crew.close()
+        vars(self).clear()
 
     def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         config, storage = self.config, self.storage
@@ -255,8 +256,8 @@ class CPUBackend:
         return Memory(weights, kv_block_bytes(self.config), buffers)
 
     def free_memory(self) -> int:
-        """What the system can hand out without swapping."""
-        return int(psutil.virtual_memory().available)
+        """What the machine, its control groups and `ulimit` leave."""
+        return free_memory().nbytes
 
     def describe(self) -> dict[str, Any]:
         """See `Backend`."""
