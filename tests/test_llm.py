@@ -351,19 +351,48 @@ def test_text_needs_a_tokenizer_and_options_are_checked(model: tuple[Path, Llama
         LLM(model[0], kv_cache_memory_bytes=1).generate({"prompt_token_ids": [1]}, SamplingParams(max_tokens=4))
 
 
-@pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])
-def test_biases_are_refused_not_ignored(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("biased", "kept"),
+    [
+        ({"attention_bias": True}, "qkvo"),
+        ({"attention_bias": True}, "qkv"),  # as Qwen's layers have them
+        ({"mlp_bias": True}, ""),
+        ({"attention_bias": True, "mlp_bias": True}, "qkvo"),
+    ],
+)
+def test_biases_are_computed(biased: dict[str, bool], kept: str, tmp_path: Path) -> None:
+    """For steps of every size, by item and by head, and the same bits in each."""
+    torch.manual_seed(5)
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
+        hidden_size=2 * PANEL_WIDTH,
+        intermediate_size=72,
+        num_hidden_layers=2,
         num_attention_heads=2,
+        num_key_value_heads=2,
         vocab_size=VOCAB,
-        **{name: True},
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+        **biased,
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="biases"):
-        LLM(tmp_path)
+    reference = LlamaForCausalLM(config).eval()
+    for name, parameter in reference.named_parameters():
+        if name.endswith("bias"):
+            with torch.no_grad():
+                parameter.normal_(std=0.5)
+                if "self_attn" in name and name.split(".")[-2][0] not in kept:
+                    parameter.zero_()
+    reference.save_pretrained(tmp_path)
+    prompts, sampling = workload(40, seed=6, return_logits=True)
+    together = LLM(tmp_path, max_num_seqs=64, num_threads=2).generate(prompts, sampling)
+    few = LLM(tmp_path, max_num_seqs=3, max_num_batched_tokens=3, num_threads=2).generate(prompts, sampling)
+    for a, b in zip(together, few, strict=True):
+        assert a.token_ids == b.token_ids
+        assert np.array_equal(a.logits, b.logits)
+        assert a.logits is not None
+        assert np.abs(a.logits - reference_rows(reference, a)).max() < 1e-4
 
 
 def test_tokens_without_whole_logits_are_those_of_whole_logits(model: tuple[Path, LlamaForCausalLM]) -> None:

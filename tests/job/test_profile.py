@@ -34,3 +34,18 @@ def test_shares_sum_to_one_and_rates_follow() -> None:
     assert found["narrow_step_gb_per_s"] == pytest.approx(0.9 / 0.9)
     assert found["limit_s"] == pytest.approx(0.1 + 0.1)
     assert found["limit_over_time"] == pytest.approx(0.1)
+
+
+def test_waiting_has_a_name_and_is_not_scheduling() -> None:
+    limits = MachineLimits(1e12, 2e12, 1e10)
+    phases = dict.fromkeys(LAYER_PRODUCTS, 0.1) | {"wait": 0.3, "copy": 0.2}
+    found = profile([step(0.0, 1.0, 9, 9)], phases, CONFIG, limits, weight_bytes=1, step_bytes=1)
+    assert found["shares"]["waiting"] == pytest.approx(0.3)
+    assert found["shares"]["other"] == pytest.approx(0.2)
+    assert found["shares"]["scheduler"] == pytest.approx(1 - 0.4 - 0.3 - 0.2 - 0.03)
+
+
+def test_a_backend_that_counts_no_phases_has_a_profile() -> None:
+    found = profile([step(0.0, 1.0, 9, 9)], {}, CONFIG, MachineLimits(1e12, 2e12, 1e10), weight_bytes=1, step_bytes=1)
+    assert found["product_gflops"] is None
+    assert sum(found["shares"].values()) == pytest.approx(1)

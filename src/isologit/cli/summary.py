@@ -109,11 +109,12 @@ def _profile(found: dict[str, Any]) -> Table:
     for name, share in sorted(found["shares"].items(), key=lambda item: -item[1]):
         table.add_row(name, f"{found['seconds'][name]:.3f} s, {share:.1%}")
     table.add_row("outside the model", f"{found['host_share']:.1%}")
-    table.add_row(
-        "products",
-        f"{found['product_gflops']:.0f} GFLOP/s; a tile in the near caches {found['tile_gflops']:.0f}, "
-        f"the library {found['library_product_gflops']:.0f}",
-    )
+    if found["product_gflops"]:
+        table.add_row(
+            "products",
+            f"{found['product_gflops']:.0f} GFLOP/s; a tile in the near caches {found['tile_gflops']:.0f}, "
+            f"the library {found['library_product_gflops']:.0f}",
+        )
     if found["narrow_steps"]:
         table.add_row(
             "narrowest steps", f"{found['narrow_step_gb_per_s']:.1f} GB/s; the machine {found['machine_gb_per_s']:.1f}"

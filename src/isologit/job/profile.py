@@ -25,7 +25,8 @@ def profile(
 ) -> dict[str, Any]:
     """Shares of the steps' time (they sum to 1), achieved rates, and the limits.
 
-    steps: the records of one segment. phase_seconds: what the model booked in it. weight_bytes: of all products.
+    steps: the records of one segment. phase_seconds: what the backend counted in it; "wait" is one thread's waiting for
+    the part of another, and names that no part has are "other". weight_bytes: of all products.
     step_bytes: what a step reads of them, with the bytes that may stand for the last one. product_gflops leaves the
     last product out, as most logits need not be computed. limit_over_time compares with the roofline of each step
     (Williams et al. 2009): the larger of its products, the whole last one among them, at the library's rate and one
@@ -36,14 +37,17 @@ def profile(
         return float(sum(step[name] for step in steps))
 
     busy = sum(step["end_s"] - step["start_s"] for step in steps)
-    in_layers = sum(phase_seconds[name] for name in LAYER_PRODUCTS)
+    phases = dict(phase_seconds)
+    in_layers = sum(phases.pop(name, 0.0) for name in LAYER_PRODUCTS)
     model = sum(phase_seconds.values())
     parts = {
-        "products": in_layers + phase_seconds["head"],
-        "attention": phase_seconds["attention"],
-        "elementwise": phase_seconds["elementwise"],
-        "sampling": phase_seconds["argmax"] + total("sample_s"),
+        "products": in_layers + phases.pop("head", 0.0),
+        "attention": phases.pop("attention", 0.0),
+        "elementwise": phases.pop("elementwise", 0.0),
+        "sampling": phases.pop("argmax", 0.0) + total("sample_s"),
+        "waiting": phases.pop("wait", 0.0),
         "capture": total("capture_s"),
+        "other": sum(phases.values()),
     }
     parts["scheduler"] = busy - model - total("sample_s") - parts["capture"]
     work = [config.product_flop(step["num_tokens"], step["num_logits"]) for step in steps]
@@ -54,7 +58,7 @@ def profile(
         "seconds": parts,
         "shares": {name: seconds / busy for name, seconds in parts.items()},
         "host_share": (busy - model) / busy,
-        "product_gflops": (sum(work) - last_flop) / in_layers / 1e9,
+        "product_gflops": (sum(work) - last_flop) / in_layers / 1e9 if in_layers else None,
         "library_product_gflops": limits.flops / 1e9,
         "tile_gflops": limits.tile_flops / 1e9,
         "narrow_steps": len(narrow),

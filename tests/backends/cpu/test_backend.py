@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from isologit.backends.base import LoadOptions
 from isologit.backends.batch import FlatBatch
 from isologit.backends.cpu.backend import CPUBackend
+from isologit.backends.cpu.step import run_step
 from isologit.checkpoints.dummy import dummy_checkpoint
 from isologit.config import ModelConfig
 
@@ -84,6 +87,26 @@ def test_rows_without_logits_are_not_projected(backend: CPUBackend, monkeypatch:
     chosen_wholly = sum(projected)  # rows whose bounds left too much open
     backend.forward(replace(batch, logits_wanted=np.arange(30) == 7))
     assert sum(projected) <= 2 * chosen_wholly + 1
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_waiting_for_the_other_part_is_counted_and_named(
+    backend: CPUBackend, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    """Threads with parts of their own, of which one is late: before the LM head, or before there are its bounds."""
+    batch = prompts([2] * 40, [wanted])
+    backend.forward(batch)
+    assert len(backend._parts(batch)) == 2
+
+    def late(thread: int, num_threads: int, part: int, *args: Any) -> None:
+        time.sleep(0.03 * part)
+        run_step(thread, num_threads, part, *args)
+
+    monkeypatch.setattr("isologit.backends.cpu.backend.run_step", late)
+    backend.reset_phases()
+    for _ in range(4):
+        backend.forward(batch)
+    assert backend.phases()["wait"] > 0.06  # of the 0.12 s that it is late in all
 
 
 def test_memory_is_known_before_it_is_taken(backend: CPUBackend) -> None:

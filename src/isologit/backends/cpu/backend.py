@@ -6,8 +6,8 @@ threads is involved.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,11 +15,11 @@ import torch
 
 from isologit.backends.base import LoadOptions, Memory
 from isologit.backends.batch import FlatBatch, ReadyOutput, StepOutput
+from isologit.backends.cpu.arguments import ChoiceScratch, Head, Scratch, Shape, Weights, Work
+from isologit.backends.cpu.biases import pack_biases
 from isologit.backends.cpu.crew import Crew
-from isologit.backends.cpu.heads import MAX_CHUNKS
 from isologit.backends.cpu.kernels import (
     COUNTER_STRIDE,
-    SCRATCH_SIZE,
     interleave_gate_up,
     kv_block_size,
     pack_weight,
@@ -28,6 +28,16 @@ from isologit.backends.cpu.kernels import (
 from isologit.backends.cpu.memory import aligned, zeros
 from isologit.backends.cpu.shortlist import NOT_PICKED, pack_byte_head
 from isologit.backends.cpu.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
+from isologit.backends.cpu.sizes import (
+    STORED,
+    Shapes,
+    choice_shapes,
+    kv_block_bytes,
+    plan_memory,
+    scratch_shapes,
+    tile_tokens,
+    value_width,
+)
 from isologit.backends.cpu.step import (
     COUNTERS_PER_LAYER,
     COUNTERS_PER_PART,
@@ -43,7 +53,6 @@ from isologit.backends.rope import rope_inv_freq
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.common.memory import free_memory
 from isologit.config import ModelConfig
-from isologit.errors import ModelError
 
 _PAYING_PANELS = 20  # computed for each row, and a quarter of all once: so many cost less than the whole product
 _PAUSE_STEPS = 64  # without bounds after a step that computed more
@@ -51,109 +60,11 @@ _LEAST_ROWS_APART = 2 * TILE_ROWS  # of a thread's own part of a step: with fewe
 _FLOP_PER_BYTE = 5.0  # what a thread computes in the time in which it reads a byte of keys or values
 
 
-STORED = {"float32": np.float32, "float16": np.int16, "bfloat16": np.uint16}  # what holds the weights' bits
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def tile_tokens(config: ModelConfig) -> int:
-    """Tokens of an attention tile: as many as have a register tile's rows of queries for one KV head."""
-    return max(1, TILE_ROWS // (config.num_attention_heads // config.num_key_value_heads))
-
-
-def value_width(config: ModelConfig) -> int:
-    """float32 that one token's values of one head take in a block."""
-    return _round_up(config.head_dim, PANEL_WIDTH)
-
-
-def buffer_shapes(
-    config: ModelConfig, max_model_len: int, num_threads: int, num_tokens: int, byte_head: bool
-) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of all that steps of up to `num_tokens` tokens work in."""
-    c, tokens, float32 = config, num_tokens, np.float32
-    group = c.num_attention_heads // c.num_key_value_heads
-    tile_rows = tile_tokens(c) * group
-    heads_size = c.num_attention_heads * c.head_dim
-    residual = (tokens, _round_up(c.hidden_size, PANEL_WIDTH))
-    qkv_panels = panel_count(heads_size + 2 * c.num_key_value_heads * c.head_dim)
-    # NOTE: what products read lies in tiles, of which the last may be only partly filled.
-    tiled = tokens + TILE_ROWS * num_threads
-    context = _round_up(max_model_len, PANEL_WIDTH) + PANEL_WIDTH
-    counters = COUNTERS_PER_LAYER * c.num_hidden_layers + 1
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "residual": (residual, float32),
-        "qkv": ((tokens, qkv_panels * PANEL_WIDTH), float32),
-        "attended": ((tokens, heads_size), float32),
-        "kept_residual": (residual, float32),
-        "kept_attended": ((tokens, heads_size), float32),
-        "normed": ((tiled * c.hidden_size,), float32),
-        "packed": ((tiled * heads_size,), float32),
-        "gated": ((tiled * _round_up(c.intermediate_size, VECTOR_WIDTH),), float32),
-        "query_scratch": ((num_threads, tile_rows * value_width(c)), float32),
-        "row_scratch": ((num_threads, SCRATCH_SIZE), float32),
-        "offset_scratch": ((num_threads, _round_up(TILE_ROWS, COUNTER_STRIDE)), np.int64),
-        "chunk_scratch": ((num_threads, MAX_CHUNKS + COUNTER_STRIDE), np.int64),
-        "head_scratch": ((num_threads, 2 * tokens * (group + 2) * c.head_dim), float32),
-        "score_scratch": ((num_threads, tile_rows, context), float32),
-        "weight_scratch": ((num_threads, tile_rows * context), float32),
-        "sum_scratch": ((num_threads, max(tile_rows, TILE_ROWS)), float32),
-        "counters": ((num_threads, COUNTER_STRIDE * counters), np.int64),
-        "final": ((tokens, c.hidden_size), float32),
-    }
-    if byte_head:
-        panels = panel_count(c.vocab_size)
-        shapes |= {
-            "final_bytes": ((tiled * c.hidden_size,), np.int8),
-            "rows_to_take": ((tokens,), np.int32),
-            "factors": ((tokens, 3), float32),
-            "tops": ((tokens * panels,), float32),
-            "row_tops": ((num_threads, _round_up(panels, TILE_ROWS)), float32),
-        }
-    return shapes
-
-
-def nbytes(shapes: dict[str, tuple[tuple[int, ...], Any]]) -> int:
-    """Bytes of arrays of these shapes and dtypes."""
-    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
-
-
-def kv_block_bytes(config: ModelConfig) -> int:
-    """Bytes of keys and values of one block over all layers."""
-    block: int = kv_block_size(config.head_dim, value_width(config))
-    return 4 * config.num_hidden_layers * config.num_key_value_heads * block
-
-
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of all weights and tables as they are kept."""
-    c, float32 = config, np.float32
-    stored = STORED[c.dtype]
-    heads_size = c.num_attention_heads * c.head_dim
-    layer, hidden, panels = (c.num_hidden_layers,), c.hidden_size, panel_count(c.vocab_size)
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "embedding": ((c.vocab_size, hidden), float32),
-        "norms": ((2 * c.num_hidden_layers + 1, hidden), float32),
-        "qkv": (
-            (*layer, panel_count(heads_size + 2 * c.num_key_value_heads * c.head_dim), hidden, PANEL_WIDTH),
-            stored,
-        ),
-        "out": ((*layer, panel_count(hidden), heads_size, PANEL_WIDTH), stored),
-        "gate_up": ((*layer, -(-c.intermediate_size // VECTOR_WIDTH), hidden, PANEL_WIDTH), stored),
-        "down": ((*layer, panel_count(hidden), c.intermediate_size, PANEL_WIDTH), stored),
-        "head": ((panels, hidden, PANEL_WIDTH), stored),
-    }
-    if HAS_BYTE_PRODUCTS:
-        shapes["byte_head"] = ((panels, hidden // 4, PANEL_WIDTH), np.int32)
-        shapes["byte_columns"] = ((panels, 3, PANEL_WIDTH), float32)
-    return shapes
-
-
 class CPUBackend:
     """`backends.base.Backend` on the host's cores.
 
     `storage` is the dtype the weights are kept in ("float32", "float16", "bfloat16"); 16-bit weights are widened
-    exactly inside the product, all arithmetic is float32. Raises ModelError for a model with biases.
+    exactly inside the product, all arithmetic is float32.
     """
 
     name: ClassVar[str] = "cpu"
@@ -167,8 +78,6 @@ class CPUBackend:
         max_model_len: int,
         num_threads: int,
     ) -> None:
-        if config.attention_bias or config.mlp_bias:
-            raise ModelError("the model has biases (attention_bias or mlp_bias), which the CPU kernels do not compute")
         self.config = config
         self.storage = config.dtype
         self.num_threads = num_threads
@@ -178,7 +87,41 @@ class CPUBackend:
         self._steps_without_bounds = 0
         self._load(tensors)
         angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), rope_inv_freq(config))
-        self._cos, self._sin = angles.cos().numpy().reshape(-1), angles.sin().numpy().reshape(-1)
+        cos, sin = angles.cos().numpy().reshape(-1), angles.sin().numpy().reshape(-1)
+        biases, steps = pack_biases(
+            config,
+            tensors,
+            {
+                "qkv": self._w_qkv.shape[1],
+                "out": self._w_out.shape[1],
+                "gate_up": self._w_gate_up.shape[1],
+                "down": self._w_down.shape[1],
+            },
+        )
+        self._shape = Shape(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            vocab=config.vocab_size,
+            value_width=value_width(config),
+            eps=np.float32(config.rms_norm_eps),
+            **steps,
+        )
+        self._weights = Weights(
+            embedding=self._embedding,
+            input_norms=self._input_gains,
+            post_norms=self._post_gains,
+            final_norm=self._final_gain,
+            qkv=self._w_qkv,
+            out=self._w_out,
+            gate_up=self._w_gate_up,
+            down=self._w_down,
+            **biases,
+            cos=cos,
+            sin=sin,
+        )
         self.allocate_kv(0)
         self.reserve(1)
 
@@ -189,7 +132,7 @@ class CPUBackend:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, options: LoadOptions) -> CPUBackend:
-        """Pack the checkpoint's weights. Raises ModelError for a model with biases."""
+        """Pack the checkpoint's weights."""
         return cls(
             checkpoint.config,
             checkpoint.tensors,
@@ -243,17 +186,14 @@ class CPUBackend:
     @classmethod
     def plan_memory(cls, config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
         """See `Backend`."""
-        shapes = buffer_shapes(config, options.max_model_len, options.num_threads, num_tokens, HAS_BYTE_PRODUCTS)
-        angles = 4 * options.max_model_len * config.head_dim
-        return Memory(nbytes(weight_shapes(config)) + angles, kv_block_bytes(config), nbytes(shapes))
+        return plan_memory(config, options, num_tokens)
 
     def memory(self) -> Memory:
         """What is held now: weights in all their forms, and the buffers that are reserved."""
-        kept = (self._embedding, self._input_gains, self._post_gains, self._final_gain, self._cos, self._sin)
-        weights = self.weight_bytes() + sum(array.nbytes for array in kept)
+        weights = self._w_head.nbytes + sum(array.nbytes for array in self._weights)
         weights += self._byte_head.nbytes if self._byte_head is not None else 0
-        buffers = sum(array.nbytes for array in self._buffers.values())
-        return Memory(weights, kv_block_bytes(self.config), buffers)
+        buffers = [*self._scratch, *([] if self._choice is None else self._choice[1:])]
+        return Memory(weights, kv_block_bytes(self.config), sum(array.nbytes for array in buffers))
 
     def free_memory(self) -> int:
         """What the machine, its control groups and `ulimit` leave."""
@@ -293,17 +233,21 @@ class CPUBackend:
         """Make room for `num_blocks` blocks of `block_size` tokens; all is written, so no step waits for a page."""
         c = self.config
         self._kv = zeros((c.num_hidden_layers, 0))  # the old one goes first
-        per_block = c.num_key_value_heads * kv_block_size(c.head_dim, value_width(c))
+        per_block = c.num_key_value_heads * kv_block_size(c.head_dim, self._shape.value_width)
         self._kv = zeros((c.num_hidden_layers, num_blocks * per_block))
         self._kv.fill(0)
 
     def reserve(self, num_tokens: int) -> None:
         """Buffers for steps of up to `num_tokens` tokens."""
-        self.tile_tokens = tile_tokens(self.config)
-        shapes = buffer_shapes(
-            self.config, self.max_model_len, self.num_threads, num_tokens, self._byte_head is not None
-        )
-        self._buffers = {name: zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+        def made(shapes: Shapes) -> dict[str, np.ndarray]:
+            return {name: zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+        self._scratch = Scratch(**made(scratch_shapes(self.config, self.max_model_len, self.num_threads, num_tokens)))
+        self._choice: ChoiceScratch | None = None
+        if self._byte_head is not None:
+            choice = made(choice_shapes(self.config, self.num_threads, num_tokens))
+            self._choice = ChoiceScratch(row_words=choice["row_bytes"].view(np.int32), **choice)
         self._logits = zeros((0, self._w_head.shape[0] * PANEL_WIDTH))
 
     def forward(self, batch: FlatBatch) -> StepOutput:
@@ -312,51 +256,55 @@ class CPUBackend:
         With enough rows each thread computes sequences of its own, from the embedding to the last norm: then threads
         do not wait for each other between operations, and while one waits for memory another computes.
         """
-        b, parts, rows = self._buffers, self._parts(batch), len(batch.logits_rows)
-        final, chosen = b["final"][:rows], np.full(rows, NOT_PICKED)
-        first_rows = np.cumsum([0, *(len(part.token_ids) for part in parts)])
-        first_logits = np.cumsum([0, *(len(part.logits_rows) for part in parts)])
-        steps = [
-            self._step_arguments(
-                part, number, first_rows[number], final[slice(*first_logits[number : number + 2])], len(parts)
-            )
-            for number, part in enumerate(parts)
+        parts, rows = self._parts(batch), len(batch.logits_rows)
+        first_rows = list(accumulate((len(part.token_ids) for part in parts), initial=0))
+        first_logits = list(accumulate((len(part.logits_rows) for part in parts), initial=0))
+        works = [
+            self._work(part, first_row, first_logit, self.num_threads // len(parts))
+            for part, first_row, first_logit in zip(parts, first_rows, first_logits, strict=False)
         ]
-        wanted = batch.logits_wanted
-        bounded = self._byte_head is not None and not self._steps_without_bounds
-        picked = np.flatnonzero(~wanted) if bounded else np.empty(0, np.int64)  # rows chosen without all their logits
-        sync, panels_computed = np.zeros(COUNTER_STRIDE, np.int64), COUNTER_STRIDE * COUNTERS_PER_PART * len(parts)
-        counters = zeros(panels_computed + COUNTER_STRIDE, np.int64)
-        choice: tuple[Any, ...] = ()
+        wanted, chosen = batch.logits_wanted, np.full(rows, NOT_PICKED)
+        bounded = self._choice is not None and not self._steps_without_bounds
+        picked = np.flatnonzero(~wanted) if bounded else chosen[:0]  # rows chosen without all their logits
+        shared = zeros(COUNTER_STRIDE * (2 + COUNTERS_PER_PART * len(parts)), np.int64)
+        choice: tuple[Any, ...] = (shared, self._clocks[0])
         if len(picked):
             assert self._byte_head is not None
+            head = Head(self._w_head, self._byte_head.weights, self._byte_head.columns)
+            first_picked = np.searchsorted(picked, first_logits)
             choice = (
-                counters, picked, np.searchsorted(picked, first_logits), final, self._w_head, self.config.vocab_size,
-                self._byte_head.weights, self._byte_head.columns, b["final_bytes"], b["final_bytes"].view(np.int32),
-                b["rows_to_take"], b["factors"], b["tops"], b["row_tops"], b["row_scratch"],
-                b["offset_scratch"], chosen, self._clocks[0],
+                shared, self._clocks[0], picked, first_picked, self._shape.vocab, head, self._scratch, self._choice,
+                chosen,
             )  # fmt: skip
+        finish = choose_rows if len(picked) else meet
 
-        def work(thread: int, num_threads: int) -> None:
+        def run(thread: int, num_threads: int) -> None:
             if len(parts) > 1:
-                run_step(0, 1, *steps[thread])
+                part, of_part, threads = thread, 0, 1
             else:
-                run_step(thread, num_threads, *steps[0])
-            (choose_rows if choice else meet)(thread, num_threads, sync, *choice)
+                part, of_part, threads = 0, thread, num_threads
+            run_step(
+                of_part, threads, part, self._shape, self._weights, works[part], self._scratch, self._kv,
+                self._clocks[part],
+            )  # fmt: skip
+            finish(thread, num_threads, *choice)
 
-        self._crew.run(work)
+        self._crew.run(run)
         if len(picked):
-            if counters[panels_computed] > len(self._w_head) // 4 + _PAYING_PANELS * len(picked):
+            if shared[-COUNTER_STRIDE] > len(self._w_head) // 4 + _PAYING_PANELS * len(picked):
                 self._steps_without_bounds = _PAUSE_STEPS
         elif not wanted.all():
             self._steps_without_bounds = max(0, self._steps_without_bounds - 1)
+        return self._with_logits(self._scratch.final[:rows], chosen, wanted)
+
+    def _with_logits(self, final: np.ndarray, chosen: np.ndarray, wanted: np.ndarray) -> ReadyOutput:
+        """The step's output: logits of the rows that want them, and the argmax of those that nothing else chose."""
         computed = np.concatenate([np.flatnonzero(wanted), np.flatnonzero(~wanted & (chosen == NOT_PICKED))])
+        logits = self._logits[:0, : self._shape.vocab]
         if len(computed):
-            in_order = len(computed) == rows and (wanted.all() or not wanted.any())
+            in_order = len(computed) == len(final) and (wanted.all() or not wanted.any())
             logits, chosen[computed] = self._whole_rows(final if in_order else final[computed])
-        else:
-            logits = self._logits[:0, : self.config.vocab_size]
-        return ReadyOutput(chosen, final, logits[: wanted.sum()])
+        return ReadyOutput(chosen, final, logits[: np.count_nonzero(wanted)])
 
     def _parts(self, batch: FlatBatch) -> list[FlatBatch]:
         """One for each thread, or the whole batch for all."""
@@ -369,64 +317,45 @@ class CPUBackend:
         """What a token of context costs, relative to a row."""
         c = self.config
         parameters = sum(array.size for array in (self._w_qkv, self._w_out, self._w_gate_up, self._w_down))
-        read = 4 * c.num_hidden_layers * c.num_key_value_heads * (c.head_dim + value_width(c))
+        read = 4 * c.num_hidden_layers * c.num_key_value_heads * (c.head_dim + self._shape.value_width)
         return _FLOP_PER_BYTE * read / (2 * parameters)
 
-    def _step_arguments(
-        self, part: FlatBatch, number: int, first_row: int, final: np.ndarray, num_parts: int
-    ) -> tuple[Any, ...]:
-        """What `run_step` wants for the `number`-th part of a step, whose rows begin at `first_row`."""
-        c, tokens, num_threads = self.config, len(part.token_ids), self.num_threads // num_parts
-        work = attention_work(part, self.tile_tokens, c.num_key_value_heads, num_threads)
-        last = work
-        if len(final) < tokens:
-            last = attention_work(part, self.tile_tokens, c.num_key_value_heads, num_threads, logits_only=True)
-        b, rows, own = self._buffers, slice(first_row, first_row + tokens), slice(number, None)
-        tiled = first_row + number * TILE_ROWS
-        b["counters"][number] = 0
-        return (
-            np.zeros(COUNTER_STRIDE, np.int64), b["counters"][number],
-            part.token_ids, part.positions, part.slots, work.tiles, work.items, work.written_first,
-            last.tiles, last.items, last.written_first, part.block_tables, part.logits_rows,
-            self._embedding, self._input_gains, self._post_gains, self._final_gain,
-            self._w_qkv, self._w_out, self._w_gate_up, self._w_down,
-            c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size,
-            value_width(c), np.float32(c.rms_norm_eps), self._cos, self._sin, self._kv,
-            b["residual"][rows], b["normed"][tiled * c.hidden_size :], b["qkv"][rows], b["attended"][rows],
-            b["packed"][tiled * c.num_attention_heads * c.head_dim :],
-            b["gated"][tiled * self._w_gate_up.shape[1] * VECTOR_WIDTH :],
-            b["kept_residual"][rows], b["kept_attended"][rows], b["query_scratch"][own], b["score_scratch"][own],
-            b["weight_scratch"][own], b["sum_scratch"][own], b["row_scratch"][own], b["offset_scratch"][own],
-            b["chunk_scratch"][own], b["head_scratch"][own], final, self._clocks[number],
+    def _work(self, part: FlatBatch, first_row: int, first_logit: int, num_threads: int) -> Work:
+        """What `run_step` computes of a part of a step, whose rows begin at these numbers, with so many threads."""
+        tokens, kv_heads = tile_tokens(self.config), self._shape.num_kv_heads
+        work = last = attention_work(part, tokens, kv_heads, num_threads)
+        if len(part.logits_rows) < len(part.token_ids):
+            last = attention_work(part, tokens, kv_heads, num_threads, logits_only=True)
+        return Work(
+            first_row, first_logit, part.token_ids, part.positions, part.slots, part.block_tables, part.logits_rows,
+            work.tiles, work.items, work.written_first, last.tiles, last.items, last.written_first,
+            zeros(COUNTER_STRIDE * (1 + COUNTERS_PER_LAYER * self.config.num_hidden_layers), np.int64),
         )  # fmt: skip
 
     def project(self, final: np.ndarray) -> np.ndarray:
         """Logits float32 [n, vocab] of n rows of `StepOutput.final`, bit for bit those of their own steps."""
-        logits = np.empty((len(final), self.config.vocab_size), np.float32)
-        for first in range(0, len(final), len(self._buffers["final"])):
-            part = slice(first, first + len(self._buffers["final"]))
+        logits = np.empty((len(final), self._shape.vocab), np.float32)
+        most = len(self._scratch.final)
+        for first in range(0, len(final), most):
+            part = slice(first, first + most)
             logits[part] = self._whole_rows(final[part])[0]
         return logits
 
     def _whole_rows(self, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits float32 [R, vocab], and the index of the largest, int64 [R]; -1 where there is NaN."""
-        b, rows = self._buffers, len(final)
+        rows = len(final)
         if rows > self._logits.shape[0]:
             self._logits = zeros((rows, self._logits.shape[1]))
         chosen = np.empty(rows, np.int64)
-        self._run(
-            project_rows, final, self._w_head, self.config.vocab_size, b["normed"], b["row_scratch"],
-            b["offset_scratch"], self._logits, chosen, self._clocks[0],
+        counters = zeros(2 * COUNTER_STRIDE, np.int64)
+        self._crew.run(
+            project_rows, counters, final, self._w_head, self._shape.vocab, self._scratch, self._logits, chosen,
+            self._clocks[0],
         )  # fmt: skip
-        return self._logits[:rows, : self.config.vocab_size], chosen
-
-    def _run(self, function: Any, *args: Any) -> None:
-        """`function` on all threads, its barrier and its counters at zero."""
-        self._buffers["counters"][0] = 0
-        self._crew.run(function, np.zeros(COUNTER_STRIDE, np.int64), self._buffers["counters"][0], *args)
+        return self._logits[:rows, : self._shape.vocab], chosen
 
     def log_normalisers(self, output: StepOutput) -> np.ndarray:
         """log(sum(exp(logits))) of each row of the last step's logits, float64 [W]."""
         out = np.empty(len(output.logits))
-        self._crew.run(normalise_rows, np.zeros(COUNTER_STRIDE, np.int64), self._logits, self.config.vocab_size, out)
+        self._crew.run(normalise_rows, np.zeros(COUNTER_STRIDE, np.int64), self._logits, self._shape.vocab, out)
         return out

@@ -13,7 +13,6 @@ import numpy as np
 from numba import njit
 
 from isologit.backends.cpu.kernels import (
-    ZEROS,
     attention_tile,
     head_columns,
     kv_block_size,
@@ -117,9 +116,9 @@ def _list_chunks(chunks, tiles, first, last, block_tables, head, num_kv_heads, h
 
 @njit(nogil=True)
 def project_and_attend(
-    normed, height, hidden, rows, panels, head_rows, positions, slots, tiles, written_first, block_tables, group,
-    num_kv_heads, head_dim, value_width, cos, sin, kv, out, out_stride, pack, queries, scores, scores_stride, weights,
-    sums, scratch, offsets, chunks, num_threads, counters, counter,
+    normed, height, hidden, rows, panels, bias, bias_step, head_rows, positions, slots, tiles, written_first,
+    block_tables, group, num_kv_heads, head_dim, value_width, cos, sin, kv, out, out_stride, pack, queries, scores,
+    scores_stride, weights, sums, scratch, offsets, chunks, num_threads, counters, counter,
 ):  # fmt: skip
     """One thread's share of the heads: projection, keys and values into the cache, and attention into `out`.
 
@@ -173,7 +172,7 @@ def project_and_attend(
                 began = monotonic_ns() if timed else 0
                 _streaming_tile(
                     normed, top * hidden, height, flat, panel * panel_size, PANEL_WIDTH, hidden,
-                    (following - panel) * panel_size + row_tile * asked_by_tile, pace, scratch, ZEROS, 0,
+                    (following - panel) * panel_size + row_tile * asked_by_tile, pace, bias, panel * bias_step, 0,
                     head_rows, upcoming + top * width + number * PANEL_WIDTH, width, chunks,
                     -(-lines * 256 // places), min(height, rows - top),
                 )  # fmt: skip

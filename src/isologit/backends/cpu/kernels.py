@@ -191,11 +191,13 @@ def panel_portion(claim, num_panels, least):
 
 @njit(nogil=True)
 def linear(
-    x, height, x_features, rows, in_features, panels, out, out_stride, epilogue, scratch, offsets, counters, counter
-):
-    """One thread's share of `out = x @ W^T` with the given epilogue.
+    x, height, x_features, rows, in_features, panels, bias, bias_step, out, out_stride, epilogue, scratch, offsets,
+    counters, counter,
+):  # fmt: skip
+    """One thread's share of `out = x @ W^T + bias` with the given epilogue.
 
-    x: [tiles, x_features, height], of which the first `in_features` count. W: the panels. out: rows of `out_stride`;
+    x: [tiles, x_features, height], of which the first `in_features` count. W: the panels. bias: float32, panel
+    p's begins at p * bias_step; without one it is 4 * PANEL_WIDTH zeros and the step is 0. out: rows of `out_stride`;
     with SWIGLU it is stored in tiles of `out_stride` features as `x` is. Threads share the panels through
     `counters[counter]`, so a core that another process slows down takes fewer. `scratch` holds SCRATCH_SIZE float32,
     zero at first, and `offsets` 8 int64; both belong to this thread.
@@ -222,11 +224,24 @@ def linear(
                 fetch = side_by_side * panel_size
                 if epilogue == SWIGLU:
                     width = side_by_side * panel_columns
-                    _short_product(x, flat, offsets, in_features, fetch, scratch, scratch, 0, width, rows, epilogue)
+                    _short_product(
+                        x, flat, offsets, in_features, fetch, bias, panel * bias_step, scratch, 0, width, rows, epilogue
+                    )  # fmt: skip
                     pack_tile(scratch, 0, width, rows, width, out, column * height, height)
                 else:
                     _short_product(
-                        x, flat, offsets, in_features, fetch, scratch, out, column, out_stride, rows, epilogue
+                        x,
+                        flat,
+                        offsets,
+                        in_features,
+                        fetch,
+                        bias,
+                        panel * bias_step,
+                        out,
+                        column,
+                        out_stride,
+                        rows,
+                        epilogue,
                     )
                 panel += side_by_side
                 continue
@@ -236,7 +251,7 @@ def linear(
                 xo = top * x_features
                 if epilogue == SWIGLU:
                     _swiglu_tile(
-                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, pace, scratch, ZEROS, 0,
+                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, pace, bias, panel * bias_step, 0,
                         scratch, 0, VECTOR_WIDTH, n,
                     )  # fmt: skip
                     pack_tile(
@@ -244,12 +259,12 @@ def linear(
                     )
                 elif epilogue == ADD:
                     _accumulate_tile(
-                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, pace, scratch, ZEROS, 0,
+                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, pace, bias, panel * bias_step, 0,
                         out, top * out_stride + column, out_stride, n,
                     )  # fmt: skip
                 else:
                     dot_tile(
-                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, pace, scratch, ZEROS, 0,
+                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, pace, bias, panel * bias_step, 0,
                         out, top * out_stride + column, out_stride, n,
                     )  # fmt: skip
             panel += 1
@@ -274,34 +289,32 @@ def multiply_tiles(thread, num_threads, sync, x, panels, start, out, times):
 
 
 @njit(nogil=True)
-def _short_product(x, w, offsets, depth, fetch, scratch, out, out_offset, out_stride, rows, epilogue):
+def _short_product(x, w, offsets, depth, fetch, bias, first, out, out_offset, out_stride, rows, epilogue):
     """One row with four panels, or two rows with two."""
     pace = CACHE_LINE // w.itemsize
     if rows == 1:
         if epilogue == SWIGLU:
             _swiglu_1x4(
-                x, 0, 1, w, offsets, PANEL_WIDTH, depth, fetch, pace, scratch, ZEROS, 0, out, out_offset, out_stride, 1
+                x, 0, 1, w, offsets, PANEL_WIDTH, depth, fetch, pace, bias, first, 0, out, out_offset, out_stride, 1
             )
         elif epilogue == ADD:
             _accumulate_1x4(
-                x, 0, 1, w, offsets, PANEL_WIDTH, depth, fetch, pace, scratch, ZEROS, 0, out, out_offset, out_stride, 1
+                x, 0, 1, w, offsets, PANEL_WIDTH, depth, fetch, pace, bias, first, 0, out, out_offset, out_stride, 1
             )
         else:
             _dot_1x4(
-                x, 0, 1, w, offsets, PANEL_WIDTH, depth, fetch, pace, scratch, ZEROS, 0, out, out_offset, out_stride, 1
+                x, 0, 1, w, offsets, PANEL_WIDTH, depth, fetch, pace, bias, first, 0, out, out_offset, out_stride, 1
             )
     elif epilogue == SWIGLU:
         _swiglu_2x2(
-            x, 0, 2, w, offsets, PANEL_WIDTH, depth, fetch, pace, scratch, ZEROS, 0, out, out_offset, out_stride, 2
+            x, 0, 2, w, offsets, PANEL_WIDTH, depth, fetch, pace, bias, first, 0, out, out_offset, out_stride, 2
         )
     elif epilogue == ADD:
         _accumulate_2x2(
-            x, 0, 2, w, offsets, PANEL_WIDTH, depth, fetch, pace, scratch, ZEROS, 0, out, out_offset, out_stride, 2
+            x, 0, 2, w, offsets, PANEL_WIDTH, depth, fetch, pace, bias, first, 0, out, out_offset, out_stride, 2
         )
     else:
-        _dot_2x2(
-            x, 0, 2, w, offsets, PANEL_WIDTH, depth, fetch, pace, scratch, ZEROS, 0, out, out_offset, out_stride, 2
-        )
+        _dot_2x2(x, 0, 2, w, offsets, PANEL_WIDTH, depth, fetch, pace, bias, first, 0, out, out_offset, out_stride, 2)
 
 
 @njit(nogil=True, forceinline=True, fastmath={"contract"})

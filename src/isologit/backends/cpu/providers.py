@@ -21,15 +21,21 @@ def linear_numba(x: torch.Tensor, weight: torch.Tensor, storage: str = "float32"
     return packed_product(x, weight, storage, kernels.STORE)[:, : weight.shape[0]]
 
 
-def packed_product(x: torch.Tensor, weight: torch.Tensor, storage: str, epilogue: int) -> torch.Tensor:
-    """One thread's `linear` with that epilogue into zeros; the columns of whole panels."""
+def packed_product(
+    x: torch.Tensor, weight: torch.Tensor, storage: str, epilogue: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One thread's `linear` with that epilogue into zeros; the columns of whole panels. bias: [rows of `weight`]."""
     panels = kernels.pack_weight(weight, storage)
     rows, features = x.shape
     height = kernels.tile_height(rows)
     width = panels.shape[0] * (VECTOR_WIDTH if epilogue == kernels.SWIGLU else PANEL_WIDTH)
     out = np.zeros((rows + height) * width, np.float32)
+    starts = np.zeros(max(4, panels.shape[0]) * PANEL_WIDTH, np.float32)
+    if bias is not None:
+        starts[: len(bias)] = bias.numpy()
+    step = PANEL_WIDTH if bias is not None else 0
     kernels.linear(
-        _in_tiles(x, height), height, features, rows, features, panels, out, width, epilogue,
+        _in_tiles(x, height), height, features, rows, features, panels, starts, step, out, width, epilogue,
         np.zeros(kernels.SCRATCH_SIZE, np.float32), np.zeros(8, np.int64), np.zeros(1, np.int64), 0,
     )  # fmt: skip
     if epilogue == kernels.SWIGLU:

@@ -45,8 +45,11 @@ TILE_ROWS = 12 if VECTOR_WIDTH == 16 else 6
 
 
 def kernel_sources() -> list[Path]:
-    """All files whose code may end up in a compiled kernel."""
-    return sorted(Path(__file__).parent.glob("*.py"))
+    """The files whose code ends up in compiled kernels, or decides what those are given."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return [
+        file for file in files if any(word in file.read_text("utf-8") for word in ("njit", "llvmlite", "NamedTuple"))
+    ]
 
 
 def use_versioned_cache() -> None:

@@ -34,8 +34,8 @@ COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, att
 COUNTERS_PER_PART = 4  # in `choose_rows`: whether it is ready, panels, threads that are busy with them, rows
 
 # What the step's time is booked under, in the order of `CPUBackend.phases`.
-PHASES = ("elementwise", "qkv", "attention", "output", "gate_up", "down", "head", "argmax")
-_ELEMENTWISE, _QKV, _ATTENTION, _OUTPUT, _GATE_UP, _DOWN, _HEAD, _ARGMAX = range(len(PHASES))
+PHASES = ("elementwise", "qkv", "attention", "output", "gate_up", "down", "head", "argmax", "wait")
+_ELEMENTWISE, _QKV, _ATTENTION, _OUTPUT, _GATE_UP, _DOWN, _HEAD, _ARGMAX, _WAIT = range(len(PHASES))
 
 
 @njit(nogil=True)
@@ -64,71 +64,78 @@ def _share(part, num_parts, count):
 
 
 @njit(nogil=True, cache=True)
-def run_step(
-    thread, num_threads, sync, counters,
-    token_ids, positions, slots, tiles, items, written_first, last_tiles, last_items, last_written_first,
-    block_tables, logits_rows,
-    embedding, input_gains, post_gains, final_gain, w_qkv, w_out, w_gate_up, w_down,
-    num_heads, num_kv_heads, head_dim, hidden, intermediate, value_width, eps, cos, sin, kv,
-    residual, normed, qkv, attended, packed, gated, kept_residual, kept_attended,
-    query_scratch, score_scratch, weight_scratch, sum_scratch, row_scratch, offset_scratch,
-    chunk_scratch, head_scratch, final, clock,
-):  # fmt: skip
-    """Forward pass of T flat tokens by `num_threads` threads. Fills `final` [R, hidden], what the last product reads.
+def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock):
+    """Forward pass of one part of a step by `num_threads` threads; with one part, it is all of the step.
 
-    tiles, items, written_first: the attention's work as `attention_work` gives it. In the last layer only the
-    rows in `logits_rows` go on: last_* is that layer's work, kept_* hold its rows.
+    Fills the part's rows of `scratch.final` [R, hidden], what the LM head reads. kv: float32 [layers, -1]. clock: int64
+    [len(PHASES) + 1], nanoseconds of the part's first thread.
     """
-    rows, num_logits = token_ids.shape[0], logits_rows.shape[0]
+    num_kv_heads, head_dim, hidden = shape.num_kv_heads, shape.head_dim, shape.hidden
+    value_width, eps = shape.value_width, shape.eps
+    group, heads_size = shape.num_heads // num_kv_heads, shape.num_heads * head_dim
+    positions, slots, block_tables, logits_rows = work.positions, work.slots, work.block_tables, work.logits_rows
+    tiles, items, written_first = work.tiles, work.items, work.written_first
+    rows, num_logits = work.token_ids.shape[0], logits_rows.shape[0]
     height = tile_height(rows)
-    stride, qkv_stride, heads_size = residual.shape[1], qkv.shape[1], num_heads * head_dim
-    gated_features = w_gate_up.shape[1] * VECTOR_WIDTH
-    residual_flat, qkv_flat, attended_flat = residual.reshape(-1), qkv.reshape(-1), attended.reshape(-1)
-    scratch, offsets = row_scratch[thread], offset_scratch[thread]
-    queries, sums = query_scratch[thread], sum_scratch[thread]
-    scores, weights = score_scratch[thread].reshape(-1), weight_scratch[thread]
-    scores_stride = score_scratch.shape[2]
-    group = num_heads // num_kv_heads
-    counter = 0
+    gated_features = weights.gate_up.shape[1] * VECTOR_WIDTH
+    first_row, tiled = work.first_row, work.first_row + part * TILE_ROWS
+    residual = scratch.residual[first_row : first_row + rows]
+    attended = scratch.attended[first_row : first_row + rows]
+    kept_residual = scratch.kept_residual[first_row : first_row + rows]
+    kept_attended = scratch.kept_attended[first_row : first_row + rows]
+    final_flat = scratch.final[work.first_logit : work.first_logit + num_logits].reshape(-1)
+    normed, packed = scratch.normed[tiled * hidden :], scratch.packed[tiled * heads_size :]
+    gated = scratch.gated[tiled * gated_features :]
+    stride, qkv_stride = residual.shape[1], scratch.qkv.shape[1]
+    residual_flat, attended_flat = residual.reshape(-1), attended.reshape(-1)
+    qkv_flat = scratch.qkv[first_row : first_row + rows].reshape(-1)
+    own = part + thread  # of what each thread has for itself
+    rows_scratch, offsets = scratch.rows[own], scratch.offsets[own]
+    queries, sums = scratch.queries[own], scratch.sums[own]
+    scores, softmaxed, scores_stride = scratch.scores[own].reshape(-1), scratch.weights[own], scratch.scores.shape[2]
+    cos, sin = weights.cos, weights.sin
+    counters = work.counters
+    counter = COUNTER_STRIDE  # NOTE: the first one is the barrier's
     if thread == 0:
         clock[-1] = monotonic_ns()
     for top in range(thread * height, rows, num_threads * height):
         for r in range(top, min(rows, top + height)):
             for i in range(hidden):
-                residual[r, i] = embedding[token_ids[r], i]
-    last_layer = w_qkv.shape[0] - 1
+                residual[r, i] = weights.embedding[work.token_ids[r], i]
+    last_layer = weights.qkv.shape[0] - 1
     by_head = heads_suit(rows, num_kv_heads, head_dim, num_threads)
     for layer in range(last_layer + 1):
         # NOTE: tiles are dealt to threads in the same way above and in the norm, so no barrier is needed between.
         if layer > 0:
-            barrier(sync, num_threads)
+            barrier(counters, num_threads)
             _book(thread, clock, _DOWN)
         _norm_rows(
-            thread, num_threads, residual_flat, stride, rows, input_gains[layer], hidden, eps,
-            normed, height, offsets, sums, scratch,
+            thread, num_threads, residual_flat, stride, rows, weights.input_norms[layer], hidden, eps,
+            normed, height, offsets, sums, rows_scratch,
         )  # fmt: skip
-        barrier(sync, num_threads)
+        barrier(counters, num_threads)
         _book(thread, clock, _ELEMENTWISE)
         layer_kv = kv[layer]
         if layer == last_layer:
-            tiles, items, written_first = last_tiles, last_items, last_written_first
+            tiles, items, written_first = work.last_tiles, work.last_items, work.last_written_first
         projecting = 0
         fewer = layer == last_layer and num_logits < rows
         if by_head:
             head_results = attended_flat if fewer else packed
             projecting = project_and_attend(
-                normed, height, hidden, rows, w_qkv[layer], head_scratch[thread], positions, slots, tiles,
-                written_first, block_tables, group, num_kv_heads, head_dim, value_width, cos, sin, layer_kv,
-                head_results, heads_size, not fewer, queries, scores, scores_stride, weights,
-                sums, scratch, offsets, chunk_scratch[thread], num_threads, counters, counter,
+                normed, height, hidden, rows, weights.qkv[layer], weights.qkv_bias[layer], shape.qkv_bias_step,
+                scratch.head_rows[own], positions, slots, tiles, written_first, block_tables, group, num_kv_heads,
+                head_dim, value_width, cos, sin, layer_kv, head_results, heads_size, not fewer, queries, scores,
+                scores_stride, softmaxed, sums, rows_scratch, offsets, scratch.chunks[own], num_threads, counters,
+                counter,
             )  # fmt: skip
         else:
             linear(
-                normed, height, hidden, rows, hidden, w_qkv[layer], qkv_flat, qkv_stride, STORE,
-                scratch, offsets, counters, counter,
+                normed, height, hidden, rows, hidden, weights.qkv[layer], weights.qkv_bias[layer],
+                shape.qkv_bias_step, qkv_flat, qkv_stride, STORE, rows_scratch, offsets, counters, counter,
             )  # fmt: skip
             counter += COUNTER_STRIDE
-            barrier(sync, num_threads)
+            barrier(counters, num_threads)
             _book(thread, clock, _QKV)
             # NOTE: keys and values are written just before they are first read, when the cache line is there already.
             # Only tokens that other tiles look back to must be written by all before any goes on.
@@ -143,15 +150,15 @@ def run_step(
                             written_first[sequence, 0], written_first[sequence, 1], positions, slots, head, group,
                             num_kv_heads, head_dim, value_width, cos, sin, layer_kv,
                         )  # fmt: skip
-                barrier(sync, num_threads)
+                barrier(counters, num_threads)
                 _book(thread, clock, _ELEMENTWISE)
             attend(
-                qkv_flat, qkv_stride, positions, slots, tiles, items, block_tables, num_heads, num_kv_heads, head_dim,
-                value_width, cos, sin, layer_kv, attended_flat, heads_size, queries, scores,
-                scores_stride, weights, sums, scratch, offsets, counters, counter,
+                qkv_flat, qkv_stride, positions, slots, tiles, items, block_tables, shape.num_heads, num_kv_heads,
+                head_dim, value_width, cos, sin, layer_kv, attended_flat, heads_size, queries, scores,
+                scores_stride, softmaxed, sums, rows_scratch, offsets, counters, counter,
             )  # fmt: skip
         counter += COUNTER_STRIDE
-        barrier(sync, num_threads)
+        barrier(counters, num_threads)
         _book(thread, clock, _ATTENTION)
         if thread == 0:
             clock[_ATTENTION] -= projecting
@@ -172,55 +179,55 @@ def run_step(
                     attended_flat, top * heads_size, heads_size, min(height, rows - top), heads_size,
                     packed, top * heads_size, height,
                 )  # fmt: skip
-            barrier(sync, num_threads)
+            barrier(counters, num_threads)
             _book(thread, clock, _ELEMENTWISE)
         linear(
-            packed, height, heads_size, rows, heads_size, w_out[layer], residual_flat, stride, ADD,
-            scratch, offsets, counters, counter,
+            packed, height, heads_size, rows, heads_size, weights.out[layer], weights.out_bias[layer],
+            shape.out_bias_step, residual_flat, stride, ADD, rows_scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
-        barrier(sync, num_threads)
+        barrier(counters, num_threads)
         _book(thread, clock, _OUTPUT)
         _norm_rows(
-            thread, num_threads, residual_flat, stride, rows, post_gains[layer], hidden, eps,
-            normed, height, offsets, sums, scratch,
+            thread, num_threads, residual_flat, stride, rows, weights.post_norms[layer], hidden, eps,
+            normed, height, offsets, sums, rows_scratch,
         )  # fmt: skip
-        barrier(sync, num_threads)
+        barrier(counters, num_threads)
         _book(thread, clock, _ELEMENTWISE)
         linear(
-            normed, height, hidden, rows, hidden, w_gate_up[layer], gated, gated_features, SWIGLU,
-            scratch, offsets, counters, counter,
+            normed, height, hidden, rows, hidden, weights.gate_up[layer], weights.gate_up_bias[layer],
+            shape.gate_up_bias_step, gated, gated_features, SWIGLU, rows_scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
-        barrier(sync, num_threads)
+        barrier(counters, num_threads)
         _book(thread, clock, _GATE_UP)
         linear(
-            gated, height, gated_features, rows, intermediate, w_down[layer], residual_flat, stride, ADD,
-            scratch, offsets, counters, counter,
+            gated, height, gated_features, rows, shape.intermediate, weights.down[layer], weights.down_bias[layer],
+            shape.down_bias_step, residual_flat, stride, ADD, rows_scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
-    barrier(sync, num_threads)
+    barrier(counters, num_threads)
     _book(thread, clock, _DOWN)
-    final_flat = final.reshape(-1)
     for r in range(thread, rows, num_threads):
-        rms_norm_row(residual_flat, r * stride, final_gain, hidden, eps, final_flat, r * hidden)
-    barrier(sync, num_threads)
+        rms_norm_row(residual_flat, r * stride, weights.final_norm, hidden, eps, final_flat, r * hidden)
+    barrier(counters, num_threads)
     _book(thread, clock, _ELEMENTWISE)
 
 
 @njit(nogil=True, cache=True)
 def choose_rows(
-    thread, num_threads, sync, counters, picked, first_picked, final, w_head, vocab, byte_weights, byte_columns, bytes_,
-    byte_words, rows_to_take, factors, tops, row_tops, row_scratch, offset_scratch, chosen, clock,
+    thread, num_threads, shared, clock, picked, first_picked, vocab, head, scratch, choice, chosen,
 ):  # fmt: skip
-    """Index of the largest logit of some rows of `final` [R, hidden], without all their logits, or NOT_PICKED.
+    """Index of the largest logit of some rows of `scratch.final` [R, hidden], without all their logits, or NOT_PICKED.
 
     picked: int64 [P], ascending, those rows; their indices go to the same places of `chosen` [R]. first_picked: int64
-    [parts + 1], where the rows of each part of the step begin among them. Part i is ready when thread i comes
-    here. A thread begins with its own part and then helps with the others, so that little waits for a late one.
+    [parts + 1], where the rows of each part of the step begin among them. Part i is ready when thread i comes here. A
+    thread begins with its own part and then helps with the others, so that little waits for a late one. shared: int64,
+    zero at first, a line for the barrier, COUNTERS_PER_PART for each part, and one that counts the panels computed.
     """
-    hidden, num_panels, num_parts = final.shape[1], w_head.shape[0], first_picked.shape[0] - 1
-    flat = final.reshape(-1)
+    hidden, num_panels, num_parts = scratch.final.shape[1], head.panels.shape[0], first_picked.shape[0] - 1
+    flat = scratch.final.reshape(-1)
+    panels_computed = COUNTER_STRIDE * (1 + COUNTERS_PER_PART * num_parts)
     if thread == 0:
         clock[-1] = monotonic_ns()
     for turn in range(num_parts):
@@ -228,11 +235,11 @@ def choose_rows(
         first, last = first_picked[part], first_picked[part + 1]
         rows, height = last - first, tile_height(last - first)
         part_picked = picked[first:last]
-        part_bytes = bytes_[(first + part * TILE_ROWS) * hidden :]
-        part_words = byte_words[(first + part * TILE_ROWS) * hidden // 4 :]
-        part_take, part_factors = rows_to_take[first:last], factors[first:last]
-        part_tops = tops[first * num_panels : last * num_panels]
-        ready = COUNTERS_PER_PART * COUNTER_STRIDE * part
+        part_bytes = choice.row_bytes[(first + part * TILE_ROWS) * hidden :]
+        part_words = choice.row_words[(first + part * TILE_ROWS) * hidden // 4 :]
+        part_take, part_factors = choice.rows_to_take[first:last], choice.factors[first:last]
+        part_tops = choice.tops[first * num_panels : last * num_panels]
+        ready = COUNTER_STRIDE * (1 + COUNTERS_PER_PART * part)
         panel, busy, row = ready + COUNTER_STRIDE, ready + 2 * COUNTER_STRIDE, ready + 3 * COUNTER_STRIDE
         if thread == part:
             for top in range(0, rows, height):
@@ -243,62 +250,66 @@ def choose_rows(
                         flat, part_picked[r] * hidden, hidden, part_bytes, place, height, part_take, part_factors, r
                     ):
                         chosen[part_picked[r]] = NOT_PICKED
-            atomic_add(counters, ready, 1)
+            atomic_add(shared, ready, 1)
             _book(thread, clock, _ELEMENTWISE)
         else:
-            wait_until(counters, ready, 1)
-        atomic_add(counters, busy, 1)
+            wait_until(shared, ready, 1)
+            _book(thread, clock, _WAIT)
+        atomic_add(shared, busy, 1)
         bound_panels(
-            part_words, height, rows, byte_weights, byte_columns, part_take, part_factors, part_tops, counters, panel
-        )
+            part_words, height, rows, head.byte_weights, head.byte_columns, part_take, part_factors, part_tops, shared,
+            panel,
+        )  # fmt: skip
         # NOTE: whoever comes here now finds no panel left, so the bounds are complete when nobody is busy.
-        atomic_add(counters, busy, -1)
-        wait_until(counters, busy, 0)
+        atomic_add(shared, busy, -1)
         _book(thread, clock, _HEAD)
-        r = atomic_add(counters, row, 1)
+        wait_until(shared, busy, 0)
+        _book(thread, clock, _WAIT)
+        r = atomic_add(shared, row, 1)
         while r < rows:
             if chosen[part_picked[r]] != NOT_PICKED:
                 chosen[part_picked[r]], panels = pick_row(
-                    flat, part_picked[r] * hidden, r, rows, w_head, vocab, part_tops, row_tops[thread],
-                    row_scratch[thread], ZEROS, offset_scratch[thread],
+                    flat, part_picked[r] * hidden, r, rows, head.panels, vocab, part_tops,
+                    choice.row_tops[thread], scratch.rows[thread], ZEROS, scratch.offsets[thread],
                 )  # fmt: skip
-                atomic_add(counters, COUNTERS_PER_PART * COUNTER_STRIDE * num_parts, panels)
-            r = atomic_add(counters, row, 1)
+                atomic_add(shared, panels_computed, panels)
+            r = atomic_add(shared, row, 1)
         _book(thread, clock, _ARGMAX)
-    barrier(sync, num_threads)
-    _book(thread, clock, _ARGMAX)
+    barrier(shared, num_threads)
+    _book(thread, clock, _WAIT)
 
 
 @njit(nogil=True, cache=True)
-def meet(thread, num_threads, sync):
+def meet(thread, num_threads, sync, clock):
     """What ends the work of threads that each computed a part."""
+    if thread == 0:
+        clock[-1] = monotonic_ns()
     barrier(sync, num_threads)
+    _book(thread, clock, _WAIT)
 
 
 @njit(nogil=True, cache=True)
-def project_rows(
-    thread, num_threads, sync, counters, final, w_head, vocab, normed, row_scratch, offset_scratch, logits, chosen,
-    clock,
-):  # fmt: skip
+def project_rows(thread, num_threads, counters, final, head_panels, vocab, scratch, logits, chosen, clock):
     """Logits [R, padded vocab] of rows of `final` [R, hidden], and the index of the largest in each."""
     rows, hidden = final.shape
     height = tile_height(rows)
     final_flat, logits_flat = final.reshape(-1), logits.reshape(-1)
+    normed = scratch.normed
     if thread == 0:
         clock[-1] = monotonic_ns()
     for top in range(thread * height, rows, num_threads * height):
         pack_tile(final_flat, top * hidden, hidden, min(height, rows - top), hidden, normed, top * hidden, height)
-    barrier(sync, num_threads)
+    barrier(counters, num_threads)
     _book(thread, clock, _ELEMENTWISE)
     linear(
-        normed, height, hidden, rows, hidden, w_head, logits_flat, logits.shape[1], STORE,
-        row_scratch[thread], offset_scratch[thread], counters, 0,
+        normed, height, hidden, rows, hidden, head_panels, scratch.rows[thread][ZEROS:], 0, logits_flat,
+        logits.shape[1], STORE, scratch.rows[thread], scratch.offsets[thread], counters, COUNTER_STRIDE,
     )  # fmt: skip
-    barrier(sync, num_threads)
+    barrier(counters, num_threads)
     _book(thread, clock, _HEAD)
     for i in range(thread, rows, num_threads):
         chosen[i] = argmax_row(logits_flat, i * logits.shape[1], vocab)
-    barrier(sync, num_threads)
+    barrier(counters, num_threads)
     _book(thread, clock, _ARGMAX)
 
 

@@ -1,0 +1,128 @@
+"""How large everything is that the CPU backend keeps: known from the configuration, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from isologit.backends.base import LoadOptions, Memory
+from isologit.backends.cpu.heads import MAX_CHUNKS
+from isologit.backends.cpu.kernels import COUNTER_STRIDE, SCRATCH_SIZE, kv_block_size, panel_count
+from isologit.backends.cpu.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
+from isologit.config import ModelConfig
+
+Shapes = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype by name
+
+STORED = {"float32": np.float32, "float16": np.int16, "bfloat16": np.uint16}  # what holds the weights' bits
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-value // multiple) * multiple
+
+
+def tile_tokens(config: ModelConfig) -> int:
+    """Tokens of an attention tile: as many as have a register tile's rows of queries for one KV head."""
+    return max(1, TILE_ROWS // (config.num_attention_heads // config.num_key_value_heads))
+
+
+def value_width(config: ModelConfig) -> int:
+    """float32 that one token's values of one head take in a block."""
+    return round_up(config.head_dim, PANEL_WIDTH)
+
+
+def kv_block_bytes(config: ModelConfig) -> int:
+    """Bytes of keys and values of one block over all layers."""
+    block: int = kv_block_size(config.head_dim, value_width(config))
+    return 4 * config.num_hidden_layers * config.num_key_value_heads * block
+
+
+def weight_shapes(config: ModelConfig) -> Shapes:
+    """All weights and tables as they are kept, but the rotary ones."""
+    c, stored = config, STORED[config.dtype]
+    layers, hidden, panels = c.num_hidden_layers, c.hidden_size, panel_count(c.vocab_size)
+    heads_size = c.num_attention_heads * c.head_dim
+    qkv_panels = panel_count(heads_size + 2 * c.num_key_value_heads * c.head_dim)
+    gate_panels = -(-c.intermediate_size // VECTOR_WIDTH)
+    shapes: Shapes = {
+        "embedding": ((c.vocab_size, hidden), np.float32),
+        "norms": ((2 * layers + 1, hidden), np.float32),
+        "qkv": ((layers, qkv_panels, hidden, PANEL_WIDTH), stored),
+        "out": ((layers, panel_count(hidden), heads_size, PANEL_WIDTH), stored),
+        "gate_up": ((layers, gate_panels, hidden, PANEL_WIDTH), stored),
+        "down": ((layers, panel_count(hidden), c.intermediate_size, PANEL_WIDTH), stored),
+        "head": ((panels, hidden, PANEL_WIDTH), stored),
+    }
+    for product, given in (
+        ("qkv", c.attention_bias), ("out", c.attention_bias), ("gate_up", c.mlp_bias), ("down", c.mlp_bias)
+    ):  # fmt: skip
+        panels_with_bias = max(4, shapes[product][0][1] if given else 0)
+        shapes[f"{product}_bias"] = ((layers, panels_with_bias * PANEL_WIDTH), np.float32)
+    if HAS_BYTE_PRODUCTS:
+        shapes["byte_head"] = ((panels, hidden // 4, PANEL_WIDTH), np.int32)
+        shapes["byte_columns"] = ((panels, 3, PANEL_WIDTH), np.float32)
+    return shapes
+
+
+def scratch_shapes(config: ModelConfig, max_model_len: int, num_threads: int, num_tokens: int) -> Shapes:
+    """The fields of `arguments.Scratch` for steps of up to `num_tokens` tokens."""
+    c, tokens = config, num_tokens
+    group = c.num_attention_heads // c.num_key_value_heads
+    tile_rows = tile_tokens(c) * group
+    heads_size = c.num_attention_heads * c.head_dim
+    residual = (tokens, round_up(c.hidden_size, PANEL_WIDTH))
+    qkv_panels = panel_count(heads_size + 2 * c.num_key_value_heads * c.head_dim)
+    tiled = tiled_rows(num_tokens, num_threads)
+    context = round_up(max_model_len, PANEL_WIDTH) + PANEL_WIDTH
+    return {
+        "residual": (residual, np.float32),
+        "qkv": ((tokens, qkv_panels * PANEL_WIDTH), np.float32),
+        "attended": ((tokens, heads_size), np.float32),
+        "kept_residual": (residual, np.float32),
+        "kept_attended": ((tokens, heads_size), np.float32),
+        "final": ((tokens, c.hidden_size), np.float32),
+        "normed": ((tiled * c.hidden_size,), np.float32),
+        "packed": ((tiled * heads_size,), np.float32),
+        "gated": ((tiled * round_up(c.intermediate_size, VECTOR_WIDTH),), np.float32),
+        "queries": ((num_threads, tile_rows * value_width(c)), np.float32),
+        "scores": ((num_threads, tile_rows, context), np.float32),
+        "weights": ((num_threads, tile_rows * context), np.float32),
+        "sums": ((num_threads, max(tile_rows, TILE_ROWS)), np.float32),
+        "head_rows": ((num_threads, 2 * tokens * (group + 2) * c.head_dim), np.float32),
+        "rows": ((num_threads, SCRATCH_SIZE), np.float32),
+        "offsets": ((num_threads, round_up(TILE_ROWS, COUNTER_STRIDE)), np.int64),
+        "chunks": ((num_threads, MAX_CHUNKS + COUNTER_STRIDE), np.int64),
+    }
+
+
+def choice_shapes(config: ModelConfig, num_threads: int, num_tokens: int) -> Shapes:
+    """The fields of `arguments.ChoiceScratch` but `row_words`."""
+    panels = panel_count(config.vocab_size)
+    return {
+        "row_bytes": ((tiled_rows(num_tokens, num_threads) * config.hidden_size,), np.int8),
+        "rows_to_take": ((num_tokens,), np.int32),
+        "factors": ((num_tokens, 3), np.float32),
+        "tops": ((num_tokens * panels,), np.float32),
+        "row_tops": ((num_threads, round_up(panels, TILE_ROWS)), np.float32),
+    }
+
+
+def tiled_rows(num_tokens: int, num_threads: int) -> int:
+    """Rows of what products read: it lies in tiles, and the last tile of each part may be only partly filled."""
+    return num_tokens + TILE_ROWS * num_threads
+
+
+def nbytes(shapes: Shapes) -> int:
+    """Bytes of arrays of these shapes."""
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+
+
+def plan_memory(config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
+    """What a model and steps of up to `num_tokens` tokens take."""
+    scratch = scratch_shapes(config, options.max_model_len, options.num_threads, num_tokens)
+    if HAS_BYTE_PRODUCTS:
+        scratch |= choice_shapes(config, options.num_threads, num_tokens)
+    angles = 4 * options.max_model_len * config.head_dim
+    return Memory(nbytes(weight_shapes(config)) + angles, kv_block_bytes(config), nbytes(scratch))
