@@ -139,6 +139,17 @@ def run_command(
         Literal["longest-first", "given"],
         typer.Option(rich_help_panel=_ENGINE, help="Which requests start first."),
     ] = "longest-first" if _ENGINE_DEFAULTS.longest_first else "given",
+    backend: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_ENGINE,
+            metavar="NAME",
+            help="What computes: cpu, torch, ...; auto takes the best there is.",
+        ),
+    ] = _ENGINE_DEFAULTS.backend,
+    device: Annotated[
+        str, typer.Option(rich_help_panel=_ENGINE, help="Where: cpu, cuda, cuda:1, ...; auto leaves it to the backend.")
+    ] = _ENGINE_DEFAULTS.device,
     threads: Annotated[
         int | None, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Worker threads. Default: every core.")
     ] = None,
@@ -195,6 +206,8 @@ def run_command(
                 enable_prefix_caching=enable_prefix_caching,
                 longest_first=order == "longest-first",
                 speculative_config=speculation(speculative_tokens, draft_model),
+                backend=backend,
+                device=device,
                 num_threads=threads,
                 seed=seed,
             ),

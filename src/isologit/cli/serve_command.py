@@ -86,6 +86,12 @@ def serve_command(
     draft_model: Annotated[
         str | None, _option(_ENGINE, metavar="DIR|FILE|PRESET", help="A smaller model that guesses instead.")
     ] = None,
+    backend: Annotated[
+        str, _option(_ENGINE, metavar="NAME", help="What computes: cpu, torch, ...; auto takes the best there is.")
+    ] = _ENGINE_DEFAULTS.backend,
+    device: Annotated[
+        str, _option(_ENGINE, help="Where: cpu, cuda, cuda:1, ...; auto leaves it to the backend.")
+    ] = _ENGINE_DEFAULTS.device,
     threads: Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")] = None,
     plain_user_content: Annotated[
         bool,
@@ -126,6 +132,8 @@ def serve_command(
                     max_num_batched_tokens=max_num_batched_tokens,
                     enable_prefix_caching=enable_prefix_caching,
                     speculative_config=speculation(speculative_tokens, draft_model),
+                    backend=backend,
+                    device=device,
                     num_threads=threads,
                 ),
                 served_model_name=served_model_name or asked.name,
