@@ -141,7 +141,6 @@ def test_root_is_either_by_the_flag(http: httpx.Client) -> None:
         {"watermark": True},
         {"grammar": {"type": "regex", "value": "a"}},
         {"adapter_id": "a"},
-        {"decoder_input_details": True},
     ],
 )
 def test_wrong_parameters_are_validation_errors(

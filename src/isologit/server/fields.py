@@ -70,14 +70,6 @@ _STRUCTURED = Refused(instead="output is not constrained here; check it, or use 
 _BOOKKEEPING = Ignored("it is for the caller's own records")
 
 _OPENAI: Table = {
-    "presence_penalty": Refused((0, 0.0)),
-    "frequency_penalty": Refused((0, 0.0)),
-    "logit_bias": Refused(({},)),
-    "min_p": Refused((0, 0.0)),
-    "bad_words": Refused(([],)),
-    "allowed_token_ids": Refused(),
-    "include_stop_str_in_output": Refused((False,)),
-    "prompt_logprobs": Refused(),
     "use_beam_search": Refused((False,)),
     "length_penalty": Refused((1, 1.0), "it belongs to beam search, which is not done"),
     "skip_special_tokens": Refused((True,), "special tokens have no text here"),
@@ -103,7 +95,6 @@ _OPENAI: Table = {
 }
 COMPLETIONS: Table = {
     **_OPENAI,
-    "echo": Refused((False,)),
     "suffix": Refused(_EMPTY),
     "prompt_embeds": Refused(_EMPTY, "give text or token ids in prompt"),
 }
@@ -133,8 +124,7 @@ CHAT: Table = {
     "safety_identifier": _BOOKKEEPING,
 }
 TGI: Table = {
-    "frequency_penalty": Refused((0, 0.0)),
-    "decoder_input_details": Refused((False,)),
+    "frequency_penalty": Refused((0, 0.0), "TGI's is not OpenAI's; that one is at /v1/completions"),
     "typical_p": Refused((1, 1.0), "use top_p"),
     "watermark": Refused((False,)),
     "grammar": _STRUCTURED,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isologit.server.service import Token
-from isologit.server.token_names import best_tokens, token_name
+from isologit.server.token_names import best_tokens, shown_logprobs, token_name
 from isologit.text.tokenizer import Tokenizer
 
 
@@ -22,6 +22,7 @@ class Style(ABC):
     whole_object: str
     part_object: str
     first: Mapping[str, Any] | None = None  # what the first part of a choice says
+    has_one_prompt = False
 
     def __init__(self, tokenizer: Tokenizer, logprobs: int | None, *, ids_as_names: bool) -> None:
         self._tokenizer = tokenizer
@@ -35,6 +36,27 @@ class Style(ABC):
     @abstractmethod
     def part(self, text: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         """What a choice gained; `offset` is how many characters it had before."""
+
+    def prompt_logprobs(
+        self, ids: Sequence[int], logprobs: Sequence[Mapping[int, float] | None], count: int
+    ) -> list[dict[str, Any] | None]:
+        """vLLM's form: for each token of a prompt the likeliest ones and itself, by id; None for the first.
+
+        A rank is told of the `count` likeliest tokens.
+        """
+        return [
+            None
+            if found is None
+            else {
+                str(i): {
+                    "logprob": value,
+                    "rank": rank if rank <= count else None,
+                    "decoded_token": token_name(self._tokenizer, i),
+                }
+                for rank, (i, value) in enumerate(shown_logprobs(found, token_id, count).items(), 1)
+            }
+            for token_id, found in zip(ids, logprobs, strict=True)
+        ]
 
     def _name(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._ids_as_names else token_name(self._tokenizer, token_id)
@@ -58,11 +80,14 @@ class CompletionStyle(Style):
         """Lists with one entry a token. `top_logprobs` are keyed by text: of tokens that share one the likeliest."""
         shown: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            found = token.logprobs or {}
-            likeliest_last = reversed(best_tokens(found, len(found)))
             shown["tokens"].append(self._name(token.id))
-            shown["token_logprobs"].append(found.get(token.id))
-            shown["top_logprobs"].append({self._name(i): value for i, value in likeliest_last})
+            if token.logprobs is None:  # the first of a prompt, which nothing predicts
+                shown["token_logprobs"].append(None)
+                shown["top_logprobs"].append(None)
+            else:
+                found = shown_logprobs(token.logprobs, token.id, self.logprobs or 0)
+                shown["token_logprobs"].append(found[token.id])
+                shown["top_logprobs"].append({self._name(i): value for i, value in reversed(found.items())})
             shown["text_offset"].append(offset)
             offset += len(token.text)
         return shown
@@ -74,6 +99,7 @@ class ChatStyle(Style):
     prefix = "chatcmpl"
     whole_object = "chat.completion"
     part_object = "chat.completion.chunk"
+    has_one_prompt = True
     first: Mapping[str, Any] = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def whole(self, text: str, tokens: Sequence[Token]) -> dict[str, Any]:

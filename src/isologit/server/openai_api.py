@@ -17,12 +17,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from isologit.engine.async_engine import EngineFailedError
-from isologit.engine.request import GenerationRequest, SamplingParams
+from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.server.bodies import json_router
 from isologit.server.openai_answers import ChatStyle, CompletionStyle, Style
 from isologit.server.openai_fields import ChatRequest, CommonRequest, CompletionRequest, StreamOptions
 from isologit.server.responses import StreamedAnswer
-from isologit.server.service import Answer, RequestTimeoutError, Service
+from isologit.server.service import Answer, RequestTimeoutError, Service, Token
+from isologit.text.detokenizer import Detokenizer
 
 _DONE = "data: [DONE]\n\n"
 
@@ -43,19 +44,20 @@ def router(service: Service) -> APIRouter:
     @routes.post("/completions")
     async def completions(asked: CompletionRequest, http: Request) -> Response:
         service.check_model(asked.model)
-        asked.check(http)
+        asked.check(http, service.config.vocab_size)
         params, prompts = asked.params(), asked.prompts()
         service.check_capacity(len(prompts) * (asked.n or 1))
         ids = [
             await service.prompt_ids(prompt, add_special_tokens=asked.add_special_tokens is not False)
             for prompt in prompts
         ]
-        return await _Asked(service, http, asked, CompletionStyle).answer(ids, params)
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts] if asked.echo else None
+        return await _Asked(service, http, asked, CompletionStyle, texts).answer(ids, params)
 
     @routes.post("/chat/completions")
     async def chat(asked: ChatRequest, http: Request) -> Response:
         service.check_model(asked.model)
-        asked.check(http)
+        asked.check(http, service.config.vocab_size)
         service.check_capacity(asked.n or 1)
         ids = await service.chat_ids(
             [message.flat() for message in asked.messages],
@@ -83,12 +85,16 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 @dataclass
 class _Asked:
-    """One request over HTTP: several prompts, several choices for each."""
+    """One request over HTTP: several prompts, several choices for each.
+
+    echoed: the prompts' texts, where their answers begin with them; None for a prompt of token ids.
+    """
 
     service: Service
     http: Request
     asked: CommonRequest
     style_class: type[Style]
+    echoed: Sequence[str | None] | None = None
 
     async def answer(self, prompts: Sequence[list[int]], params: SamplingParams) -> Response:
         """The answer, whole or as a stream."""
@@ -114,24 +120,47 @@ class _Asked:
         choices = [
             {
                 "index": i,
-                **style.whole(output.text, tokens),
+                **style.whole(self._prompt_text(requests[i], i // count) + output.text, self._tokens(tokens, output)),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
-                **self._ids(output.token_ids, requests[i]),
+                **({"token_ids": list(output.token_ids)} if asked.return_token_ids else {}),
             }
             for i, (tokens, output) in enumerate(found)
         ]
+        for choice, (_, output) in zip(choices, found, strict=True):
+            of_prompt = self._of_prompt(output.prompt_token_ids, output.prompt_logprobs, style)
+            (head if style.has_one_prompt else choice).update(of_prompt)
         usage = _usage(requests, count, sum(len(output.token_ids) for _, output in found))
         return JSONResponse({**head, "object": style.whole_object, "choices": choices, "usage": usage})
 
-    def _ids(self, token_ids: Sequence[int], request: GenerationRequest | None) -> dict[str, Any]:
-        """What `return_token_ids` adds to a choice; the prompt's ids stand in its first part."""
-        if not self.asked.return_token_ids:
-            return {}
-        return {
-            "token_ids": list(token_ids),
-            "prompt_token_ids": None if request is None else list(request.prompt_token_ids),
-        }
+    def _of_prompt(
+        self, ids: Sequence[int], logprobs: Sequence[dict[int, float] | None] | None, style: Style
+    ) -> dict[str, Any]:
+        """What vLLM's extensions tell of a prompt: its token ids, and the log-probabilities of its tokens."""
+        shown: dict[str, Any] = {}
+        if self.asked.return_token_ids:
+            shown["prompt_token_ids"] = list(ids)
+        if self.asked.prompt_logprobs is not None and logprobs is not None:
+            shown["prompt_logprobs"] = style.prompt_logprobs(ids, logprobs, self.asked.prompt_logprobs)
+        return shown
+
+    def _prompt_text(self, request: GenerationRequest, number: int) -> str:
+        """What stands before an answer: nothing, unless the prompt is to be echoed."""
+        if self.echoed is None:
+            return ""
+        text = self.echoed[number]
+        is_whole = text is not None and self.asked.truncate_prompt_tokens is None
+        return text if text is not None and is_whole else self.service.tokenizer.decode(request.prompt_token_ids)
+
+    def _tokens(self, tokens: list[Token], output: RequestOutput) -> list[Token]:
+        """The tokens whose log-probabilities are shown: those of an echoed prompt come first."""
+        if self.echoed is None or output.prompt_logprobs is None:
+            return tokens
+        feed, ids = Detokenizer(self.service.tokenizer), output.prompt_token_ids
+        texts = [feed.push(token_id) for token_id in ids]
+        texts[-1] += feed.finish()
+        parts = zip(ids, texts, texts, output.prompt_logprobs, strict=True)
+        return [*(Token(*part) for part in parts), *tokens]
 
     async def _events(
         self, answer: Answer, requests: Sequence[GenerationRequest], head: dict[str, Any], style: Style
@@ -146,16 +175,26 @@ class _Asked:
         begun = [False] * len(requests)
 
         def event(index: int, choice: dict[str, Any], ids: Sequence[int], reason: str | None, stop: Any) -> str:
-            shown = self._ids(ids, None if begun[index] else requests[index])
-            begun[index] = True
-            choices = [{"index": index, **choice, "finish_reason": reason, "stop_reason": stop, **shown}]
+            value: dict[str, Any] = {**head}
+            shown = {"index": index, **choice, "finish_reason": reason, "stop_reason": stop}
+            if self.asked.return_token_ids:
+                shown["token_ids"] = list(ids)
+            if not begun[index]:
+                of_prompt = self._of_prompt(requests[index].prompt_token_ids, None, style)
+                (value if style.has_one_prompt else shown).update(of_prompt)
+                begun[index] = True
             if options.continuous_usage_stats:
-                head["usage"] = _usage(requests, count, output_tokens)
-            return f"data: {json.dumps({**head, 'choices': choices})}\n\n"
+                value["usage"] = _usage(requests, count, output_tokens)
+            return f"data: {json.dumps({**value, 'choices': [shown]})}\n\n"
 
         try:
             if style.first is not None:
                 yield "".join(event(index, dict(style.first), (), None, None) for index in range(len(requests)))
+            if self.echoed is not None:
+                for index, request in enumerate(requests):
+                    text = self._prompt_text(request, index // count)
+                    yield event(index, style.part(text, (), 0), (), None, None)
+                    offsets[index] = len(text)
             async for step in answer.steps():
                 events = []
                 for index, piece in step:

@@ -159,7 +159,10 @@ class Service:
         if count > most:
             raise RequestError(f"{count} answers at once exceed the limit of {most}; ask for fewer")
         if self.engine.num_unfinished + count > most:
-            raise QueueFullError(f"the queue of {self.limits.max_queue} requests is full; try again later")
+            raise self._queue_full()
+
+    def _queue_full(self) -> QueueFullError:
+        return QueueFullError(f"the queue of {self.limits.max_queue} requests is full; try again later")
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, without holding up other answers; `add_special_tokens`: with the begin token.
@@ -178,7 +181,7 @@ class Service:
         `Tokenizer.encode_chat`, and QueueFullError when too many conversations wait.
         """
         if self._num_rendering > self.limits.max_queue:
-            raise QueueFullError(f"{self._num_rendering} conversations wait to be rendered; try again later")
+            raise self._queue_full()
         render = partial(self.tokenizer.encode_chat, messages, plain_content=self.plain_user_content, **template)
         self._num_rendering += 1
         try:

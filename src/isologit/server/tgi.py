@@ -21,7 +21,7 @@ from isologit.server.bodies import json_router
 from isologit.server.fields import TGI, Body, FieldError, Ignored
 from isologit.server.responses import StreamedAnswer
 from isologit.server.service import Answer, Service, Token
-from isologit.server.token_names import best_tokens
+from isologit.server.token_names import best_tokens, token_name
 
 _DEFAULT_NEW_TOKENS = 100
 _MOST_STOPS = 16
@@ -45,6 +45,7 @@ class Parameters(Body):
     details: bool | None = False
     top_n_tokens: int | None = Field(default=None, ge=0, le=_MOST_TOP_TOKENS)
     best_of: int | None = Field(default=None, ge=1)
+    decoder_input_details: bool | None = False
     ignore_eos_token: bool | None = False
 
     def check(self, http: Request) -> None:
@@ -87,13 +88,18 @@ def router(service: Service) -> APIRouter:
         [(tokens, output)] = await service.collect(http.receive, [request])
         answer: dict[str, Any] = {"generated_text": body.echoed + "".join(token.text for token in tokens)}
         if body.asked.details:
-            shown: dict[str, Any] = {"prefill": [], "tokens": [_token(service, token) for token in tokens]}
+            shown: dict[str, Any] = {
+                "prefill": _prefill(service, output),
+                "tokens": [_token(service, token) for token in tokens],
+            }
             if body.asked.top_n_tokens:
                 shown["top_tokens"] = [_top_tokens(service, token, body.asked.top_n_tokens) for token in tokens]
             answer["details"] = {**_details(request, output), **shown}
         return answer
 
     async def streamed(body: GenerateRequest, http: Request) -> Response:
+        if body.asked.decoder_input_details:
+            raise FieldError("decoder_input_details", "decoder_input_details are not streamed; leave them out")
         request = await _request(service, body, http, shows_logprobs=True)
         answer = service.answer([request])
         return StreamedAnswer(answer, _events(service, answer, request, body))
@@ -156,10 +162,21 @@ async def _request(
         stop=tuple(stop for stop in asked.stop or () if stop),
         ignore_eos=bool(asked.ignore_eos_token),
         logprobs=asked.top_n_tokens or 0 if shows_logprobs else None,
+        prompt_logprobs=0 if asked.decoder_input_details and asked.details else None,
     )
     service.check_capacity(1)
     ids = await service.prompt_ids(body.inputs)
     return service.request(ids if asked.truncate is None else ids[-asked.truncate :], params)
+
+
+def _prefill(service: Service, output: RequestOutput) -> list[dict[str, Any]]:
+    """The prompt's tokens, if they were asked for; nothing predicts the first."""
+    if output.prompt_logprobs is None:
+        return []
+    return [
+        {"id": i, "text": token_name(service.tokenizer, i), "logprob": None if found is None else found[i]}
+        for i, found in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+    ]
 
 
 def _token(service: Service, token: Token) -> dict[str, Any]:

@@ -19,6 +19,12 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
+def shown_logprobs(logprobs: Mapping[int, float], token_id: int, count: int) -> dict[int, float]:
+    """The `count` most likely tokens and `token_id`, the likeliest first."""
+    best = best_tokens(logprobs, len(logprobs))
+    return dict([*best[:count], *((i, value) for i, value in best[count:] if i == token_id)])
+
+
 def best_tokens(logprobs: Mapping[int, float], count: int) -> list[tuple[int, float]]:
     """The `count` most likely tokens, the likeliest first; the chosen one may be in `logprobs` without being one."""
     return sorted(logprobs.items(), key=lambda item: -item[1])[:count]
