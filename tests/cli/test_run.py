@@ -215,3 +215,16 @@ def test_a_model_that_does_not_fit_is_refused_in_one_line_before_anything_is_loa
     assert "free " in done.output
     assert done.output.count("error:") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_certified_again(invoke: Invoke, prompts: Path, tmp_path: Path) -> None:
+    assert invoke("run", "--dataset", prompts, "--output", tmp_path / "out", "--baseline-requests", 0).exit_code == 0
+    done = invoke("certify", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("VALID.")
+    lines = (tmp_path / "out" / "outputs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "outputs.jsonl").write_text("".join(lines[1:]))
+    done = invoke("certify", tmp_path / "out", "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["verdict"] == "INVALID"
+    assert invoke("certify", tmp_path).exit_code == 2

@@ -1,4 +1,4 @@
-"""The commands `run`, `serve`, `compare` and `report`. Heavy modules are loaded by the command that needs them."""
+"""All commands but those of `bench`, `run` and `serve`. Heavy modules are loaded by the command that needs them."""
 
 from __future__ import annotations
 
@@ -71,6 +71,34 @@ def compare(
         print(json.dumps(found.to_dict()) if as_json else "\n".join(found.summary_lines()))
         passed = found.verdict.valid
     raise typer.Exit(Exit.OK if passed else Exit.INVALID)
+
+
+@app.command()
+def certify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The output folder of a finished run.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|FILE|PRESET", help="The run's model, if it is not where it was."),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Budget of re-scoring. Default: the run's time, at least a minute."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Check a finished run against its model again, from its files alone. Exit code 0: VALID, 1: INVALID."""
+    with reporting_errors(as_json=as_json):
+        from isologit.cli.display import display
+        from isologit.job.recertify import recertify
+
+        with display(quiet=as_json) as observer:
+            found = recertify(folder, model=model, seconds=seconds, observer=observer)
+        if as_json:
+            print(json.dumps(found.to_dict()))
+        else:
+            print("\n".join([found.statement(), *map(str, found.reasons)]))
+        valid = found.verdict.valid
+    raise typer.Exit(Exit.OK if valid else Exit.INVALID)
 
 
 @app.command()

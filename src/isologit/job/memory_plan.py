@@ -148,18 +148,24 @@ def plan_memory(
             f"no baseline will be timed: transformers needs {gib(needed)} for this model in {config.dtype} and "
             f"{allowed.limited_by} allows {gib(allowed.nbytes)}"
         )
-    whole = proof.certificate("whole")
-    reference: Reference = "whole" if _fits(whole, allowed) else "streamed"
+    reference, certificate = proof.affordable(allowed)
     stages = [loading, running]
     if dtype is not None:
         stages.append(proof.baseline(dtype))
-    stages.append(whole if reference == "whole" else proof.certificate("streamed"))
+    stages.append(certificate)
     change = "take a smaller model"
     if config.dtype == "float32":
         change = "store the model in 16 bits"
     if loading.nbytes + _KEPT_FREE <= allowed.nbytes:
         change = "run shorter requests"
     return MemoryPlan(tuple(stages), allowed, reference, dtype, no_baseline, change)
+
+
+def plan_certificate(
+    config: ModelConfig, lengths: Sequence[tuple[int, int]], allowed: FreeMemory, *, captured_rows: int
+) -> tuple[Reference, Stage]:
+    """How a certificate alone is made, and what it holds; the rest as in `plan_memory`."""
+    return _Proof(config, lengths, 4 * config.vocab_size * captured_rows).affordable(allowed)
 
 
 def _fits(stage: Stage, allowed: FreeMemory) -> bool:
@@ -235,6 +241,11 @@ class _Proof:
             "baseline's activations": self._activations(1) * item // 4,
         }
         return Stage("baseline", parts)
+
+    def affordable(self, allowed: FreeMemory) -> tuple[Reference, Stage]:
+        """The whole reference, or the streamed one if that does not fit."""
+        whole = self.certificate("whole")
+        return ("whole", whole) if _fits(whole, allowed) else ("streamed", self.certificate("streamed"))
 
     def certificate(self, reference: Reference) -> Stage:
         """The whole reference, or two layers of the streamed one and all states, or its LM head and the rows."""

@@ -28,12 +28,12 @@ def output_lines(
     prepared: Prepared, finished: Mapping[str, FinishedRequest], segments: Sequence[Segment]
 ) -> Iterator[dict[str, Any]]:
     """One line for every request of the dataset, in its order; those that could not run have only their error."""
-    offsets = segment_offsets(segments)
+    offsets, limits = segment_offsets(segments), prepared.max_tokens
     for entry in prepared.order:
         if isinstance(entry, BadRequest):
             yield _refused_line(entry)
         elif entry in finished:
-            yield _finished_line(finished[entry], offsets)
+            yield _finished_line(finished[entry], limits[entry], offsets)
 
 
 def step_lines(steps: Iterable[Mapping[str, Any]], segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
@@ -44,7 +44,7 @@ def step_lines(steps: Iterable[Mapping[str, Any]], segments: Sequence[Segment]) 
         yield {**step, **{name: round(step[name] + offset, 6) for name in _STEP_TIMES}}
 
 
-def _finished_line(request: FinishedRequest, offsets: Sequence[float]) -> dict[str, Any]:
+def _finished_line(request: FinishedRequest, max_tokens: int, offsets: Sequence[float]) -> dict[str, Any]:
     offset = offsets[request.segment]
     return {
         "id": request.request_id,
@@ -52,6 +52,7 @@ def _finished_line(request: FinishedRequest, offsets: Sequence[float]) -> dict[s
         "text": request.text,
         "prompt_token_ids": request.prompt_token_ids,
         "token_ids": request.token_ids,
+        "max_tokens": max_tokens,
         "finish_reason": request.finish_reason,
         "stop_reason": request.stop_reason,
         "error": request.error,
@@ -67,6 +68,7 @@ def _refused_line(bad: BadRequest) -> dict[str, Any]:
         "text": "",
         "prompt_token_ids": [],
         "token_ids": [],
+        "max_tokens": None,
         "finish_reason": "error",
         "stop_reason": None,
         "error": f"{bad.where}: {bad.error}",

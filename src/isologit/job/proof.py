@@ -13,6 +13,7 @@ import numpy as np
 
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.common.progress import Observer, Progress
+from isologit.config import ModelConfig
 from isologit.fidelity import (
     CAPTURES,
     CapturedRow,
@@ -90,13 +91,17 @@ def _captured_row(request: FinishedRequest, index: int, row: np.ndarray) -> Capt
 
 def hashes(engine: Engine, prepared: Prepared) -> dict[str, str]:
     """What ties a certificate to what was run."""
-    config = json.dumps(engine.config.to_hf_dict(), sort_keys=True)
     return {
         "weights": engine.checkpoint.sha256(),
         "prompts": prepared.sha256(),
-        "config": hashlib.sha256(config.encode()).hexdigest(),
+        "config": config_hash(engine.config),
         "code": code_hash(),
     }
+
+
+def config_hash(config: ModelConfig) -> str:
+    """Hash of the model's configuration."""
+    return hashlib.sha256(json.dumps(config.to_hf_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def load_reference(checkpoint: Checkpoint, how: Literal["whole", "streamed"]) -> ScoringReference:
