@@ -1,8 +1,8 @@
-"""What guessing ahead gains on recorded answers: the same replay with speculation off and on, at several slot counts.
+"""What speculation gains on recorded answers: the same replay with speculation off and on, at several slot counts.
 
     python -m benchmarks.speculation --dataset PROMPTS --replay ANSWERS --tokenizer DIR
 
-The recorded tokens are forced and everything is computed, so lengths and the guesses that come true are those of the
+The recorded tokens are forced and everything is computed, so lengths and the accepted draft tokens are those of the
 model that made the record, whatever the weights. Off and on alternate in one process; medians are compared.
 """
 
@@ -121,7 +121,7 @@ def _table(result: dict[str, Any]) -> str:
         f"{environment['cpu']}, {environment['cores']} cores; {result['repeats']} interleaved repeats, medians. "
         "The limit is that of a run without speculation.",
         "",
-        "| slots | requests | off s | on s | times faster | steps off | steps on | guesses that came true | limit s |",
+        "| slots | requests | off s | on s | times faster | steps off | steps on | accepted draft tokens | limit s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in result["cases"]:

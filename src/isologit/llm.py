@@ -80,7 +80,7 @@ class LLM:
             return None
         if checkpoint.config.vocab_size != self.config.vocab_size:
             raise ModelError(
-                f"{name}: a draft model needs the vocabulary of the model it guesses for, but it has "
+                f"{name}: a draft model needs the vocabulary of the model it drafts for, but it has "
                 f"{checkpoint.config.vocab_size} tokens instead of {self.config.vocab_size}"
             )
         return self._load(checkpoint)
@@ -275,15 +275,15 @@ class LLM:
         # NOTE: calibration writes into the key/value memory, so it must be over before anything runs.
         target, *drafts = self._calibrated()
 
-        def guess_cost(rows: int) -> float:
+        def draft_cost(rows: int) -> float:
             """One more row of the step, and one of the draft model's steps shared by all."""
             return target.row_cost(rows) + sum(d.seconds_of(rows) for d in drafts) / target.seconds_of(rows)
 
         longest = options.num_speculative_tokens
         if self._draft is not None:
-            return DraftModelProposer(self._draft, guess_cost, max_rows=max_rows, max_draft=longest)
+            return DraftModelProposer(self._draft, draft_cost, max_rows=max_rows, max_draft=longest)
         sizes = {"max_ngram": options.prompt_lookup_max, "min_ngram": options.prompt_lookup_min}
-        return NGramProposer(guess_cost, max_draft=longest, **sizes)
+        return NGramProposer(draft_cost, max_draft=longest, **sizes)
 
     # -- speed ----------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def test_json_is_one_object_and_nothing_else(invoke: Invoke, prompts: Path, tmp_
     assert json.loads(wrong.stdout)["exit_code"] == wrong.exit_code == 2
 
 
-def test_a_draft_model_guesses_and_the_proof_holds(invoke: Invoke, prompts: Path, model: Path, tmp_path: Path) -> None:
+def test_a_draft_model_drafts_and_the_proof_holds(invoke: Invoke, prompts: Path, model: Path, tmp_path: Path) -> None:
     arguments = ("run", "--dataset", prompts, "--baseline-requests", 0, "--draft-model", model, "--json")
     found = json.loads(invoke(*arguments, "--output", tmp_path / "out").stdout)
     assert found["certificate"]["verdict"] == "VALID"

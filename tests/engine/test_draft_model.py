@@ -1,4 +1,4 @@
-"""The draft model's guesses against what it would generate alone, with a memory that shows every stale key."""
+"""The draft model's drafts against what it would generate alone, with a memory that shows every stale key."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ToyDraft:
 
 
 class Checked(DraftModelProposer):
-    """Compares every guess with what the draft model generates from the whole text."""
+    """Compares every draft with what the draft model generates from the whole text."""
 
     num_checked = 0
 
@@ -83,17 +83,17 @@ def proposer(model: ToyDraft, *, max_rows: int = 64, max_draft: int = 4, cost: f
 
 @settings(max_examples=100, deadline=None)
 @given(requests=requests_(), slots=st.integers(1, 5), max_rows=st.integers(1, 12), max_draft=st.integers(1, 6))
-def test_guesses_are_the_drafts_own_text_and_change_nothing(
+def test_drafts_are_the_drafts_own_text_and_change_nothing(
     requests: list[GenerationRequest], slots: int, max_rows: int, max_draft: int
 ) -> None:
     model = ToyDraft()
-    guessing = proposer(model, max_rows=max(max_rows, slots), max_draft=max_draft)
-    outcome = run(make(slots=slots, budget=slots + 9, block_size=BLOCK_SIZE, proposer=guessing), requests)
+    drafting = proposer(model, max_rows=max(max_rows, slots), max_draft=max_draft)
+    outcome = run(make(slots=slots, budget=slots + 9, block_size=BLOCK_SIZE, proposer=drafting), requests)
     assert_same_as_alone(outcome, requests)
     assert model.most_rows <= max(max_rows, slots)
-    assert guessing.num_checked == outcome.num_draft_tokens
-    assert not guessing._num_computed
-    assert not guessing._runner._tables
+    assert drafting.num_checked == outcome.num_draft_tokens
+    assert not drafting._num_computed
+    assert not drafting._runner._tables
 
 
 LONG = [ask(name, [1, 2, 3, 4], 24, ignore_eos=True) for name in "abc"]
@@ -104,8 +104,8 @@ def test_a_good_draft_saves_steps() -> None:
     assert drafted.num_steps < plain.num_steps
 
 
-def test_keys_of_wrong_guesses_are_computed_again_or_it_is_noticed() -> None:
-    """The inverse: a proposer that takes one rejected guess for computed."""
+def test_keys_of_wrong_drafts_are_computed_again_or_it_is_noticed() -> None:
+    """The inverse: a proposer that takes one rejected draft for computed."""
 
     class Forgetful(Checked):
         def observe(self, seq: Sequence, proposed: int, accepted: int) -> None:
@@ -116,13 +116,13 @@ def test_keys_of_wrong_guesses_are_computed_again_or_it_is_noticed() -> None:
         run(make(budget=32, proposer=Forgetful(ToyDraft(), lambda rows: 0.0, max_rows=64, max_draft=4)), LONG)
 
 
-def test_guesses_that_do_not_pay_are_not_made() -> None:
+def test_drafts_that_do_not_pay_are_not_made() -> None:
     model = ToyDraft()
     assert run(make(proposer=proposer(model, cost=1.0)), LONG).num_draft_tokens == 0
     assert model.num_rows == 0
 
 
-def test_a_draft_model_that_breaks_stops_guessing_and_nothing_else() -> None:
+def test_a_draft_model_that_breaks_stops_drafting_and_nothing_else() -> None:
     outcome = run(make(budget=32, proposer=proposer(ToyDraft(fails_after=30))), LONG)
     assert_same_as_alone(outcome, LONG)
     assert outcome.num_draft_tokens > 0

@@ -110,7 +110,7 @@ EngineTokenizer = Annotated[
 ]
 MaxNumSeqs = Annotated[int | None, _option(_ENGINE, metavar="N", help="Requests running at once. Default: planned.")]
 MaxNumBatchedTokens = Annotated[int | None, _option(_ENGINE, metavar="N", help="Tokens of one step. Default: planned.")]
-SpeculativeTokens = Annotated[int, _option(_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition.")]
+SpeculativeTokens = Annotated[int, _option(_ENGINE, metavar="N", help="Most draft tokens, found by prompt lookup.")]
 Threads = Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")]
 OutputJson = Annotated[Path | None, _option(_OUTPUT, metavar="FILE", help="Save the figures here.")]
 

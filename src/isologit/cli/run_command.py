@@ -124,7 +124,7 @@ def run_command(
     speculative_tokens: Annotated[
         int,
         typer.Option(
-            rich_help_panel=_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition; 0 guesses none."
+            rich_help_panel=_ENGINE, metavar="N", help="Most draft tokens, found by prompt lookup; 0: no speculation."
         ),
     ] = _ENGINE_DEFAULTS.num_speculative_tokens,
     draft_model: Annotated[
@@ -132,7 +132,7 @@ def run_command(
         typer.Option(
             rich_help_panel=_ENGINE,
             metavar="DIR|FILE|PRESET",
-            help="A smaller model of the same vocabulary that guesses instead. Default: none.",
+            help="A smaller model of the same vocabulary that drafts instead. Default: none.",
         ),
     ] = None,
     order: Annotated[

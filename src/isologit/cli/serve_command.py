@@ -81,10 +81,10 @@ def serve_command(
         bool, _option(_ENGINE, show_default=False, help="Compute a beginning that prompts share only once (on).")
     ] = _ENGINE_DEFAULTS.enable_prefix_caching,
     speculative_tokens: Annotated[
-        int, _option(_ENGINE, metavar="N", help="Most tokens guessed ahead from repetition; 0 guesses none.")
+        int, _option(_ENGINE, metavar="N", help="Most draft tokens, found by prompt lookup; 0: no speculation.")
     ] = _ENGINE_DEFAULTS.num_speculative_tokens,
     draft_model: Annotated[
-        str | None, _option(_ENGINE, metavar="DIR|FILE|PRESET", help="A smaller model that guesses instead.")
+        str | None, _option(_ENGINE, metavar="DIR|FILE|PRESET", help="A smaller model that drafts instead.")
     ] = None,
     backend: Annotated[
         str, _option(_ENGINE, metavar="NAME", help="What computes: cpu, torch, ...; auto takes the best there is.")

@@ -64,12 +64,12 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     plan = data["plan"]
     if plan is not None:
-        guesses = " without guessing ahead" if data["engine"]["num_speculative_tokens"] else ""
+        without = " without speculation" if data["engine"]["num_speculative_tokens"] else ""
         rows.append(
             (
                 "plan",
                 f"{plan['max_num_seqs']} slots, {plan['max_num_batched_tokens']} tokens a step; predicted "
-                f"{plan['predicted_steps']} steps and {plan['predicted_s']:.2f} s{guesses}, took {plan['steps']} and "
+                f"{plan['predicted_steps']} steps and {plan['predicted_s']:.2f} s{without}, took {plan['steps']} and "
                 f"{plan['inference_s']:.2f} s",
             )
         )

@@ -18,7 +18,7 @@ _MOST_SPECULATIVE_TOKENS = 64
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """How tokens are guessed ahead; names as in vLLM.
+    """How tokens are drafted; names as in vLLM.
 
     "ngram" is prompt lookup: what followed the last occurrence of the current n-gram in prompt and output is proposed
     again. "draft_model" asks a smaller `model` of the same vocabulary. None takes the one that `model` calls for.
@@ -53,7 +53,7 @@ def speculation(num_speculative_tokens: int, draft_model: str | None = None) -> 
     if num_speculative_tokens:
         return SpeculativeConfig(model=draft_model, num_speculative_tokens=num_speculative_tokens)
     if draft_model is not None:
-        raise ConfigError("draft_model guesses nothing when num_speculative_tokens is 0; leave one of them out")
+        raise ConfigError("draft_model drafts nothing when num_speculative_tokens is 0; leave one of them out")
     return None
 
 
@@ -110,12 +110,12 @@ class EngineOptions:
 
     @property
     def num_speculative_tokens(self) -> int:
-        """Most tokens guessed ahead; 0 when speculation is off."""
+        """Most tokens of a draft; 0 when speculation is off."""
         return 0 if self.speculative_config is None else self.speculative_config.num_speculative_tokens
 
     @property
     def draft_model(self) -> str | None:
-        """The smaller model that guesses, if there is one."""
+        """The smaller model that drafts, if there is one."""
         return None if self.speculative_config is None else self.speculative_config.model
 
     def to_dict(self) -> dict[str, Any]:

@@ -200,7 +200,7 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Stored weights; a tied embedding is counted once."""
         query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        per_layer = 2 * self.hidden_size  # two norm gains
+        per_layer = 2 * self.hidden_size  # two norm weights
         if self.attention_bias:
             per_layer += query + 2 * key + self.hidden_size
         if self.mlp_bias:

@@ -1,4 +1,4 @@
-"""Speculative decoding with a smaller model (Leviathan et al. 2023): it guesses, the large one verifies.
+"""Speculative decoding with a smaller model (Leviathan et al. 2023): it drafts, the large one verifies.
 
 Owns the draft model's steps and how far its keys and values reach. It has no blocks of its own: both models keep a
 token's keys and values in the same slot of the same block, each in its own memory.
@@ -14,11 +14,11 @@ from isologit.engine.speculation import DraftLengths, RowCost
 
 
 class DraftModelProposer:
-    """Guesses are what the draft model would greedily generate.
+    """Drafts are what the draft model would greedily generate.
 
-    model: shares the vocabulary and the block size of the model it guesses for, and has memory for as many blocks.
-    row_cost: of one more guess, the draft model's own step included. max_rows: tokens of one step of the draft model.
-    Raises ConfigError for a `max_draft` below 1.
+    model: shares the vocabulary and the block size of the model it drafts for, and has memory for as many blocks.
+    row_cost: of one more draft token, the draft model's own step included. max_rows: tokens of one step of the draft
+    model. Raises ConfigError for a `max_draft` below 1.
     """
 
     def __init__(self, model: Backend, row_cost: RowCost, *, max_rows: int, max_draft: int) -> None:
@@ -29,12 +29,12 @@ class DraftModelProposer:
         self._num_computed: dict[str, int] = {}  # leading tokens whose keys and values the draft model holds
 
     def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
-        """Guesses by as many steps of the draft model as the longest has tokens, after catching up with each."""
+        """Drafts by as many steps of the draft model as the longest has tokens, after catching up with each."""
         drafts: list[list[int]] = [[] for _ in wanted]
         cost = self._row_cost(len(wanted))
         if cost >= 1.0:
             return drafts
-        active: list[tuple[Sequence, list[int], int]] = []  # sequence, its guesses, how many it should have
+        active: list[tuple[Sequence, list[int], int]] = []  # sequence, its draft, how many tokens it should have
         for (seq, limit), draft in zip(wanted, drafts, strict=True):
             limit = min(limit, budget)
             if limit >= 1 and self._lengths.is_due(seq):
@@ -42,7 +42,7 @@ class DraftModelProposer:
                 active.append((seq, draft, length))
                 budget -= length
         self._catch_up(active)
-        count = 1  # NOTE: guesses that have fewer by now ended early
+        count = 1  # NOTE: drafts that have fewer by now ended early
         while active := [entry for entry in active if len(entry[1]) == count < entry[2]]:
             rows = [ScheduledSequence(s, len(s.token_ids) + count - 1, 1, d[-1:], 1) for s, d, _ in active]
             self._extend(rows, [draft for _, draft, _ in active])
@@ -50,7 +50,7 @@ class DraftModelProposer:
         return drafts
 
     def observe(self, seq: Sequence, proposed: int, accepted: int) -> None:
-        """Learn from a verification; keys and values of right guesses stay, all but the last of them were computed."""
+        """Learn from a verification; keys and values of accepted tokens stay; all but the last were computed."""
         self._lengths.observe(seq, proposed, accepted)
         self._num_computed[seq.request.request_id] += min(accepted, proposed - 1)
 
@@ -61,7 +61,7 @@ class DraftModelProposer:
         self._runner.forget(seq.request.request_id)
 
     def _catch_up(self, active: list[tuple[Sequence, list[int], int]]) -> None:
-        """Feed what the draft model has not seen, which gives each sequence its first guess."""
+        """Feed what the draft model has not seen, which gives each sequence its first draft token."""
         rows: list[ScheduledSequence] = []
         drafts: list[list[int]] = []
         free = self._max_rows
@@ -81,7 +81,7 @@ class DraftModelProposer:
             self._extend(rows, drafts)
 
     def _extend(self, rows: list[ScheduledSequence], drafts: list[list[int]]) -> None:
-        """One step of the draft model; a guess it cannot make (NaN) ends the guesses of that sequence."""
+        """One step of the draft model; a token it cannot choose (NaN) ends that sequence's draft."""
         result = self._runner.execute(StepPlan(rows, sum(row.num_tokens for row in rows)))
         for row, first, draft in zip(rows, result.first_rows, drafts, strict=True):
             if row.num_logits and result.argmax[first] >= 0:

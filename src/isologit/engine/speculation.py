@@ -1,6 +1,6 @@
-"""Guessing the next tokens of requests so that one step can verify several. Never changes what is generated.
+"""Drafting the next tokens of requests so that one step can verify several. Never changes what is generated.
 
-Owns what every proposer shares, above all how long a guess may be, and `NGramProposer`, which needs no model.
+Owns what every proposer shares, above all how long a draft may be, and `NGramProposer`, which needs no model.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from isologit.engine.request import Sequence
 from isologit.errors import ConfigError
 
 _DECAY = 0.85  # weight a verification keeps when the next one arrives
-_PRIOR_HITS, _PRIOR_TRIALS = 1.0, 2.0  # a new request's guesses are taken to be right half of the time
-_MAX_WAIT = 31  # calls without a guess between two retries, at most
+_PRIOR_HITS, _PRIOR_TRIALS = 1.0, 2.0  # a new request's draft tokens are taken to be right half of the time
+_MAX_WAIT = 31  # calls without a draft between two retries, at most
 
-# Time of one more guess in a step of so many rows, relative to what a token costs now: 0 is free, 1 as much as a token.
+# Time of one more draft token in a step of so many rows, relative to what a token costs now: 0 is free, 1 a token's.
 RowCost = Callable[[int], float]
 
 
@@ -24,13 +24,13 @@ class Proposer(Protocol):
     """What the scheduler needs of a proposer."""
 
     def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
-        """Guesses for what follows each sequence that has a row in the next step, empty where none is worth a row.
+        """Drafts for what follows each sequence that has a row in the next step, empty where none is worth a row.
 
-        wanted: (sequence, most guesses it can use, perhaps 0). The guesses are at most `budget` in all.
+        wanted: (sequence, most draft tokens it can use, perhaps 0). Those of all are at most `budget` in all.
         """
 
     def observe(self, seq: Sequence, proposed: int, accepted: int) -> None:
-        """Of `proposed` guesses the first `accepted` were right."""
+        """Of `proposed` draft tokens the first `accepted` were right."""
 
     def forget(self, seq: Sequence) -> None:
         """The sequence is over."""
@@ -38,20 +38,20 @@ class Proposer(Protocol):
 
 @dataclass(slots=True)
 class _Record:
-    """How the guesses for one request fared."""
+    """How the drafts for one request fared."""
 
     hits: float = _PRIOR_HITS
     trials: float = _PRIOR_TRIALS
-    misses: int = 0  # verifications in a row without a single right guess
-    wait: int = 0  # calls to let pass before the next guess
+    misses: int = 0  # verifications in a row without a single accepted token
+    wait: int = 0  # calls to let pass before the next draft
 
 
 class DraftLengths:
-    """How many guesses each request is worth, from how its guesses fared and from what one more costs now.
+    """How many draft tokens each request is worth, from how earlier ones fared and from what one more costs now.
 
-    If guesses are right independently with probability p, the j-th is useful with probability p**j (Leviathan et al.
-    2023), so a guess is extended while p**j exceeds its cost. p is an exponentially weighted share of right guesses. A
-    request whose guesses fail waits longer and longer before the next attempt.
+    If draft tokens are accepted independently with probability p, the j-th is useful with probability p**j (Leviathan
+    et al. 2023), so a draft is extended while p**j exceeds its cost. p is an exponentially weighted share of accepted
+    tokens. A request whose drafts fail waits longer and longer before the next attempt.
     """
 
     def __init__(self, max_draft: int) -> None:
@@ -61,7 +61,7 @@ class DraftLengths:
         self._records: dict[str, _Record] = {}
 
     def is_due(self, seq: Sequence) -> bool:
-        """Whether the request may be guessed for in this step; a request that waits has waited one step more."""
+        """Whether the request may be drafted for in this step; a request that waits has waited one step more."""
         record = self._records.get(seq.request.request_id)
         if record is None or record.wait == 0:
             return True
@@ -69,7 +69,7 @@ class DraftLengths:
         return False
 
     def choose(self, seq: Sequence, cost: float) -> int:
-        """How many guesses to make: at least one, as a probe, after which the request waits if it was not worth it."""
+        """How many draft tokens to propose: at least one, as a probe; after a vain one the request waits."""
         record = self._records.setdefault(seq.request.request_id, _Record())
         rate = useful = record.hits / record.trials
         length = 0
@@ -81,7 +81,7 @@ class DraftLengths:
         return length
 
     def observe(self, seq: Sequence, proposed: int, accepted: int) -> None:
-        """Learn from a verification. A guess after the first wrong one was never tried and does not count."""
+        """Learn from a verification. A token after the first rejected one was never tried and does not count."""
         record = self._records[seq.request.request_id]
         record.hits = record.hits * _DECAY + accepted
         record.trials = record.trials * _DECAY + min(accepted + 1, proposed)
@@ -122,7 +122,7 @@ class NGramProposer:
         self._indices: dict[str, _Index] = {}
 
     def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
-        """Guesses by look-up; the time it takes is proportional to the tokens gained since the last call."""
+        """Drafts by prompt lookup; the time it takes is proportional to the tokens gained since the last call."""
         drafts: list[list[int]] = [[] for _ in wanted]
         cost = self._row_cost(len(wanted))
         if cost >= 1.0:
@@ -172,7 +172,7 @@ class NGramProposer:
 
 
 def _continue_from(tokens: list[int], position: int, count: int) -> list[int]:
-    """`count` tokens from `position` on; past the end the guess goes on with itself, as a repeating text does."""
+    """`count` tokens from `position` on; past the end the draft goes on with itself, as a repeating text does."""
     draft = tokens[position : position + count]
     period = len(tokens) - position
     while len(draft) < count:

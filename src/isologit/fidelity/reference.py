@@ -102,7 +102,7 @@ class Reference:
     def score(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> np.ndarray:
         """float32 [n, vocab]: row i is the one that chooses output token i, given the output tokens before it.
 
-        One forward pass over prompt and output (teacher forcing); only the n rows wanted go through the last product.
+        One forward pass over prompt and output (teacher forcing); only the n rows wanted go through the LM head.
         Both lists must not be empty.
         """
         fed = self._ids([[*prompt_token_ids, *token_ids[:-1]]])  # [1, p + n - 1]
@@ -134,7 +134,7 @@ class Reference:
         """Greedy output tokens with transformers' own key-value cache; the last one is EOS if the model ended.
 
         This is the timed baseline. It is the loop of `model.generate(do_sample=False)` without its bookkeeping: the
-        prompt once, then one token a step, and only the last position through the last product. Both gave the same
+        prompt once, then one token a step, and only the last position through the LM head. Both gave the same
         tokens and the same speed within 4 % (4.3 to 4.9 ms a token on two cores, 3.3 million parameters).
 
         forced: output tokens to feed instead of the argmax (replay); the computation is the same, EOS does not end it,

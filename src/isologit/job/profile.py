@@ -27,9 +27,9 @@ def profile(
 
     steps: the records of one segment. phase_seconds: what the backend counted in it; "wait" is one thread's waiting for
     the part of another, and names that no part has are "other". weight_bytes: of all products.
-    step_bytes: what a step reads of them, with the bytes that may stand for the last one. product_gflops leaves the
-    last product out, as most logits need not be computed. limit_over_time compares with the roofline of each step
-    (Williams et al. 2009): the larger of its products, the whole last one among them, at the library's rate and one
+    step_bytes: what a step reads of them, with the LM head's bytes where they stand for it. product_gflops leaves the
+    LM head out, as most logits need not be computed. limit_over_time compares with the roofline of each step
+    (Williams et al. 2009): the larger of its products, the whole LM head among them, at the library's rate and one
     pass over the weights at the streaming rate.
     """
 
