@@ -25,7 +25,7 @@ NUM_REQUESTS = 60
 @contextmanager
 def served() -> Iterator[tuple[ServerProcess, int]]:
     """A server process and its port."""
-    with server_process([*ISOLOGIT, "serve", "--port", "0", "--threads", "1"], start_s=120, stop_s=5) as server:
+    with server_process([*ISOLOGIT, "serve", "--port", "0", "--threads", "1"], stop_s=5) as server:
         yield server, int(server.url.rpartition(":")[2])
 
 

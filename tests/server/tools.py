@@ -151,5 +151,5 @@ def process(*options: str, before: str = "") -> Iterator[ServerProcess]:
     """`isologit serve` as a process on a free port. before: Python code that runs in it first."""
     code = f"{before}\nfrom isologit.cli import main\nmain()"
     command = [sys.executable, "-c", code, "serve", "--port", "0", "--threads", "1"]
-    with server_process([*command, "--served-model-name", NAME, *options], start_s=120, stop_s=5) as server:
+    with server_process([*command, "--served-model-name", NAME, *options], stop_s=5) as server:
         yield server
