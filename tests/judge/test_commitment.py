@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from isologit.fidelity.commitment import (
+from isologit.common.commitment import (
     COMMITMENT_BYTES,
     LogitScale,
     commitment,

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from isologit.common.commitment import FINGERPRINT_SIZE
 from isologit.errors import UserError
-from isologit.fidelity.commitment import FINGERPRINT_SIZE
 from isologit.judge import strict_json
 
 RUN_FILE, RECORDS_FILE, REVEALED_FILE = "run.json", "records.jsonl", "revealed.jsonl"

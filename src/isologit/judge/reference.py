@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from isologit.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from isologit.common.commitment import LogitScale
 from isologit.errors import ModelError
-from isologit.fidelity.commitment import LogitScale
 from isologit.text.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isologit.fidelity.commitment import NONCE_BYTES
+from isologit.common.commitment import NONCE_BYTES
 
 _SEED_BYTES = 32
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from isologit.fidelity.commitment import COMMITMENT_BYTES, FINGERPRINT_SIZE
+from isologit.common.commitment import COMMITMENT_BYTES, FINGERPRINT_SIZE
 
 ROUND_PATH = "/judge/round"
 REVEAL_PATH = "/judge/reveal"

@@ -6,7 +6,7 @@ import base64
 
 import numpy as np
 
-from isologit.fidelity.commitment import commitment, fingerprint_matrix, fingerprints
+from isologit.common.commitment import commitment, fingerprint_matrix, fingerprints
 from isologit.judge.audits.base import Case, Finding
 from isologit.judge.evidence import RequestEvidence, RevealedRow, RunEvidence, RunKind
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from isologit.fidelity.commitment import fingerprint_matrix, fingerprints
+from isologit.common.commitment import fingerprint_matrix, fingerprints
 from isologit.judge.audits.base import Case, Finding
 from isologit.judge.evidence import RequestEvidence, RunEvidence, RunKind
 
