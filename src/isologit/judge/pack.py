@@ -29,6 +29,7 @@ from isologit.judge.profile import Profile
 from isologit.judge.prompts import draw_prompts
 from isologit.judge.reference import JudgeReference
 from isologit.judge.round import ENTRIES, RUNS, model_folder
+from isologit.judge.run import RunSpec
 from isologit.judge.seeds import RoundSeed
 from isologit.judge.verdict import EntryVerdict, judge_case
 from isologit.text.tokenizer import load_tokenizer
@@ -183,8 +184,8 @@ def _verify(folder: Path, model: Path | None) -> Verified:
                     continue
                 found = RunEvidence.read(folder / RUNS / run["id"])
                 evidence.append(found)
-                label = f"{run['kind']}/{run['repeat']}/{run['attempt']}/{sha256}"
-                problems += _other_draws(found, prompts.of(found.kind, seed, label), seed, label, profile)
+                spec = RunSpec(round_id, found.run_id, found.kind, int(run["repeat"]), int(run["attempt"]), sha256)
+                problems += _other_draws(found, prompts.of(found.kind, seed, spec.label), seed, spec.label, profile)
                 if found.kind == "perturbed":
                     repeat = int(run["repeat"])
                     if repeat not in others:

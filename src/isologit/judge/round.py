@@ -6,14 +6,11 @@ its folder was renamed, and whatever was half done is done again without countin
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +21,14 @@ from isologit.errors import ModelError, UserError
 from isologit.judge.audits import audits_of
 from isologit.judge.audits.base import Case
 from isologit.judge.canary import canary_seconds, peak_flop_per_s
-from isologit.judge.client import ClientPlan
 from isologit.judge.database import Database, EntryRow, RoundRow, RunRow, VerdictRow, now
 from isologit.judge.entry import Entry
-from isologit.judge.evidence import RequestEvidence, RevealedRow, RunEvidence, RunKind
+from isologit.judge.evidence import RunEvidence, RunKind
 from isologit.judge.perturb import perturbed_model
-from isologit.judge.process import EntryProcess, Running
 from isologit.judge.profile import Profile
-from isologit.judge.prompts import Request, RoundPrompts, draw_prompts
+from isologit.judge.prompts import RoundPrompts, draw_prompts
 from isologit.judge.reference import JudgeReference
+from isologit.judge.run import RunSpec, perform_run
 from isologit.judge.sandbox import sandbox_problem
 from isologit.judge.seeds import RoundSeed
 from isologit.judge.verdict import EntryVerdict, judge_case
@@ -42,7 +38,6 @@ from isologit.workload import demo_model_path
 ENTRIES, RUNS, LOGS, PERTURBED = "entries", "runs", "logs", "perturbed"
 _AUDIT_REPEATS = 2  # runs of each kind besides the timed ones
 _MOST_ATTEMPTS = 3
-_CLIENT_GRACE_S = 60.0
 
 
 class JudgeError(UserError):
@@ -217,7 +212,8 @@ class Judge:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         before = canary_seconds()
-        evidence, log = _judged_run(run, entry, kind, profile, prompts, where, seed, partial, practice=practice)
+        spec = RunSpec(run.round_id, run.id, kind, run.repeat, run.attempt, run.entry.sha256)
+        evidence, log = perform_run(spec, entry, profile, prompts, where, seed, partial, practice=practice)
         evidence.canary_s = (before, canary_seconds())
         evidence.peak_flop_per_s = peak_flop_per_s()
         (partial / "output.log").write_bytes(log)
@@ -343,102 +339,3 @@ def _again(run: RunRow) -> RunRow:
         note="",
         duration_s=None,
     )
-
-
-def _judged_run(
-    run: RunRow,
-    entry: Entry,
-    kind: RunKind,
-    profile: Profile,
-    prompts: RoundPrompts,
-    model: Path,
-    seed: RoundSeed,
-    folder: Path,
-    *,
-    practice: bool,
-) -> tuple[RunEvidence, bytes]:
-    """One life of the entry under load, as evidence, and the end of what it wrote."""
-    label = f"{run.kind}/{run.repeat}/{run.attempt}/{run.entry.sha256}"
-    nonce = seed.derive("nonce", label).hex()
-    process = EntryProcess(entry, model, profile.limits, practice=practice)
-    evidence = RunEvidence(
-        round_id=run.round_id,
-        run_id=run.id,
-        kind=kind,
-        entry=entry.name,
-        entry_sha256=run.entry.sha256,
-        attempt=run.attempt,
-        nonce=nonce,
-        commit=entry.spec.commit,
-        dialect=entry.spec.dialect,
-        process=process.facts,
-    )
-    with process.running() as running:
-        if running is None:
-            evidence.client_problem = f"the entry did not start: {process.facts.problem}"
-        else:
-            plan = _client_plan(entry, kind, profile, prompts.of(kind, seed, label), running, nonce, seed, label)
-            _load(plan, running, folder, profile, evidence)
-            if evidence.client_problem is None and not process.alive():
-                process.facts.died = True
-    if process.facts.problem is not None and evidence.client_problem is None:
-        evidence.client_problem = process.facts.problem
-    return evidence, process.log
-
-
-def _client_plan(
-    entry: Entry,
-    kind: RunKind,
-    profile: Profile,
-    requests: list[Request],
-    running: Running,
-    nonce: str,
-    seed: RoundSeed,
-    label: str,
-) -> ClientPlan:
-    load = profile.load
-    gaps = [0.0] * len(requests)
-    if load.rate is not None:
-        gaps = seed.generator("arrivals", label).exponential(1 / load.rate, len(requests)).cumsum().tolist()
-        gaps = [second - gaps[0] for second in gaps]
-    return ClientPlan(
-        url=running.url,
-        dialect=entry.spec.dialect,
-        model=entry.spec.served_model,
-        commit=entry.spec.commit,
-        probe=kind == "probed",
-        nonce=nonce,
-        requests=requests,
-        arrival_s=gaps,
-        warm_up=[(f"w{i}", prompt, min(limit, 8)) for i, (_, prompt, limit) in enumerate(requests[: load.warm_up])],
-        max_concurrency=load.max_concurrency,
-        request_s=profile.limits.request_s,
-        run_s=profile.limits.run_s,
-        silence_s=profile.limits.silence_s,
-        reveal_rows=profile.reveal_rows,
-        reveal_seed=seed.derive("positions", label).hex(),
-    )
-
-
-def _load(plan: ClientPlan, running: Running, folder: Path, profile: Profile, evidence: RunEvidence) -> None:
-    """Apply the load in a process of its own, in the entry's network; its result becomes evidence."""
-    plan_file, result_file = folder / "plan.json", folder / "client.json"
-    plan_file.write_text(json.dumps(asdict(plan)), encoding="utf-8")
-    command = running.beside([sys.executable, "-m", "isologit.judge.client", plan_file, result_file])
-    limit_s = profile.limits.run_s + profile.limits.request_s + _CLIENT_GRACE_S
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
-        said = " ".join(done.stderr.split())[-300:]
-    except subprocess.TimeoutExpired:
-        said = f"the load did not end within {limit_s:g} s"
-    if not result_file.is_file():
-        evidence.client_problem = f"the judge's load failed: {said}"
-        return
-    found = json.loads(result_file.read_text(encoding="utf-8"))
-    plan_file.unlink()
-    result_file.unlink()
-    evidence.records = [RequestEvidence(**record) for record in found["records"]]
-    evidence.revealed = [RevealedRow(**row) for row in found["revealed"]]
-    evidence.positions = [(name, index) for name, index in found["positions"]]
-    evidence.duration_s = found["duration_s"]
-    evidence.client_problem, evidence.reveal_problem = found["problem"], found["reveal_problem"]
