@@ -61,6 +61,7 @@ class ClientResult:
     positions: list[tuple[str, int]] = field(default_factory=list)
     duration_s: float | None = None
     problem: str | None = None
+    problem_code: ErrorCode | None = None
     reveal_problem: str | None = None
 
 
@@ -95,9 +96,12 @@ class _Client:
                     record = self._record(request, 0.0)
                     await self._answer(session, record)
                     if record.status != "completed":
-                        raise _Refused("status", f"the warm-up failed: {record.error}")
-            except (_Refused, aiohttp.ClientError, OSError, TimeoutError) as error:
-                self.result.problem = _line(error)
+                        raise _Refused(record.error_code or "status", f"the warm-up failed: {record.error}")
+            except _Refused as error:
+                self.result.problem, self.result.problem_code = _line(error), error.code
+                return
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                self.result.problem, self.result.problem_code = _line(error), "connection"
                 return
             await self._load(session)
             if plan.commit:

@@ -125,6 +125,7 @@ class RunEvidence:
     canary_s: tuple[float, float] | None = None
     peak_flop_per_s: float | None = None
     client_problem: str | None = None
+    client_problem_code: ErrorCode | None = None
     reveal_problem: str | None = None
     positions: list[tuple[str, int]] = field(default_factory=list)
     records: list[RequestEvidence] = field(default_factory=list)

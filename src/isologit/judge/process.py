@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class EntryProcess:
                 watcher.start()
             yield started
         finally:
+            self.facts.mounts = self._mounts() if self.facts.started else []
             self._stop()
             if watcher is not None:
                 watcher.join()
@@ -149,7 +151,6 @@ class EntryProcess:
                 facts.problem = f"did not answer GET {self._entry.spec.health} within {limits.start_s:g} s"
             return None
         facts.started, facts.start_s, facts.start_cpu_s = True, time.monotonic() - begun, self.cpu_seconds()
-        facts.mounts = self._mounts()
         return Running(f"http://127.0.0.1:{port}", self._init_pid)
 
     def _view(self) -> View:
@@ -181,15 +182,19 @@ class EntryProcess:
         return False
 
     def _mounts(self) -> list[str]:
-        """Mount points that the entry's process sees, without those below the ones that are always there."""
-        if self._init_pid is None:
+        """Mount points that any of the entry's processes sees, without those below the ones that are always there."""
+        if self._practice:
             return []
-        try:
-            lines = Path(f"/proc/{self._init_pid}/mountinfo").read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return []
-        points = {line.split()[4] for line in lines}
-        return sorted(p for p in points if p not in ("/proc", "/dev") and not p.startswith(("/proc/", "/dev/")))
+        points: set[str] = set()
+        for process in self._family():
+            try:
+                lines = Path(f"/proc/{process.pid}/mountinfo").read_text(encoding="utf-8").splitlines()
+            except OSError:
+                continue
+            for point, count in Counter(line.split()[4] for line in lines).items():
+                points.add(point if count == 1 else f"{point}, mounted over")
+        always = ("/proc", "/dev")
+        return sorted(point for point in points if point not in always and not point.startswith(("/proc/", "/dev/")))
 
     # -- while it runs ----------------------------------------------------------------------------------------------
 

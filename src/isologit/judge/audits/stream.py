@@ -24,6 +24,8 @@ class Stream:
         """The first answer of each kind of fault, in each run."""
         found = []
         for run in case.runs:
+            if run.client_problem_code in _WORDS:
+                found.append(Finding(f"stream.{run.client_problem_code}", str(run.client_problem), run.run_id))
             for code, words in _WORDS.items():
                 bad = [record for record in run.records if record.error_code == code]
                 if bad:

@@ -205,7 +205,7 @@ def main(entry_class=Entry):
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    args = parser.parse_args()
+    args, _ = parser.parse_known_args()
     entry = entry_class(args.model)
     ThreadingHTTPServer.request_queue_size = 256
     ThreadingHTTPServer(("127.0.0.1", args.port), handler(entry)).serve_forever()
