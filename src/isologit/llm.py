@@ -14,6 +14,7 @@ from isologit.backends.base import Backend, LoadOptions
 from isologit.backends.registry import load_backend
 from isologit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from isologit.checkpoints.dummy import dummy_checkpoint
+from isologit.common.load_progress import OnLoadProgress
 from isologit.config import EngineOptions, ModelConfig, SpeculativeConfig, load_model_config
 from isologit.config.engine_options import QkvLayout
 from isologit.engine.blocks import BlockPool
@@ -40,12 +41,20 @@ class LLM:
     """A model, ready to generate.
 
     Takes `EngineOptions`, or the model and any of their fields by name: `LLM("path", max_num_seqs=64)`; a
-    `speculative_config` may be a dictionary. Weights are float32 or widened exactly to it; all arithmetic is float32.
+    `speculative_config` may be a dictionary. `on_load_progress` is told how far loading is. Weights are float32 or
+    widened exactly to it; all arithmetic is float32.
 
     Raises ModelError for a checkpoint that cannot be loaded, ConfigError for invalid options.
     """
 
-    def __init__(self, model: str | Path | None = None, *, options: EngineOptions | None = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        options: EngineOptions | None = None,
+        on_load_progress: OnLoadProgress | None = None,
+        **fields: Any,
+    ) -> None:
         if model is not None:
             fields["model"] = str(model)
         if isinstance(fields.get("speculative_config"), Mapping):
@@ -57,6 +66,9 @@ class LLM:
         self.tokenizer: Tokenizer | None = load_tokenizer(options.tokenizer or self.checkpoint.source)
         self.num_threads = options.num_threads or len(os.sched_getaffinity(0))
         self.max_model_len = self.config.context_length
+        self._load_options = LoadOptions(
+            self.max_model_len, self.num_threads, options.device, options.weight_cache, on_load_progress
+        )
         self._model = self._load(self.checkpoint)
         self._draft = self._load_draft()
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
@@ -70,8 +82,7 @@ class LLM:
         self.step_records: list[StepRecord] = []
 
     def _load(self, checkpoint: Checkpoint) -> Backend:
-        options = LoadOptions(self.max_model_len, self.num_threads, self.options.device)
-        return load_backend(checkpoint, options, backend=self.options.backend)
+        return load_backend(checkpoint, self._load_options, backend=self.options.backend)
 
     def _load_draft(self) -> Backend | None:
         """The draft model, if one is asked for. Raises ModelError when its vocabulary is another one."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from isologit.backends.batch import FlatBatch, StepOutput
 from isologit.checkpoints.checkpoint import Checkpoint
+from isologit.common.load_progress import OnLoadProgress
 from isologit.config import ModelConfig
 
 
@@ -21,12 +22,15 @@ class LoadOptions:
     """How a model is loaded.
 
     max_model_len: most prompt and output tokens of one sequence. device: as in torch ("cpu", "cuda", "cuda:1", ...);
-    "auto" leaves it to the backend. num_threads: of the host.
+    "auto" leaves it to the backend. num_threads: of the host. weight_cache: whether weights may be kept on disk in the
+    form that the backend needs. on_progress: is told how far loading is.
     """
 
     max_model_len: int
     num_threads: int
     device: str = "auto"
+    weight_cache: bool = True
+    on_progress: OnLoadProgress | None = None
 
 
 @dataclass(frozen=True)

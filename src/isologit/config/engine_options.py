@@ -68,7 +68,8 @@ class EngineOptions:
     slots) and max_num_batched_tokens (tokens of one step): None lets the planner choose. longest_first: the order in
     which requests start. speculative_config: None turns speculation off. kv_cache_memory_bytes: bound of keys and
     values; None takes up to half of the free memory, as far as the running requests need it. num_threads: None uses
-    every core. seed: of dummy weights and of requests without a seed. logprobs_mode: what `logprobs` are.
+    every core. weight_cache: whether weights of large models may be kept on disk as the backend needs them, for the
+    next start. seed: of dummy weights and of requests without a seed. logprobs_mode: what `logprobs` are.
     """
 
     model: str | None = None
@@ -85,6 +86,7 @@ class EngineOptions:
     speculative_config: SpeculativeConfig | None = SpeculativeConfig()
     kv_cache_memory_bytes: int | None = None
     num_threads: int | None = None
+    weight_cache: bool = True
     seed: int = 0
     logprobs_mode: LogprobsMode = "raw_logprobs"
 

@@ -22,8 +22,8 @@ _AT_LEAST_ZERO = ("capture_seed", "baseline_requests")
 
 # NOTE: these change neither what is computed nor what is timed, so a resumed run may be given others.
 _FREE_ON_RESUME = (
-    "output", "resume", "baseline_requests", "baseline_seconds", "certify_seconds", "num_threads", "capture_seed",
-    "profile",
+    "output", "resume", "baseline_requests", "baseline_seconds", "certify_seconds", "num_threads", "weight_cache",
+    "capture_seed", "profile",
 )  # fmt: skip
 
 

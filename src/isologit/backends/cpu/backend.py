@@ -20,16 +20,15 @@ from isologit.backends.cpu.biases import pack_biases
 from isologit.backends.cpu.crew import Crew
 from isologit.backends.cpu.kernels import (
     COUNTER_STRIDE,
-    interleave_gate_up,
     kv_block_size,
-    pack_weight,
-    panel_count,
 )
-from isologit.backends.cpu.memory import aligned, zeros
-from isologit.backends.cpu.shortlist import NOT_PICKED, pack_byte_head
-from isologit.backends.cpu.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
+from isologit.backends.cpu.loading import load_weights
+from isologit.backends.cpu.memory import zeros
+from isologit.backends.cpu.packing import PackedWeights
+from isologit.backends.cpu.shortlist import NOT_PICKED
+from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS
 from isologit.backends.cpu.sizes import (
-    STORED,
+    TABLES,
     Shapes,
     choice_shapes,
     kv_block_bytes,
@@ -73,6 +72,7 @@ class CPUBackend:
     def __init__(
         self,
         config: ModelConfig,
+        weights: PackedWeights,
         tensors: Mapping[str, torch.Tensor],
         *,
         max_model_len: int,
@@ -85,17 +85,18 @@ class CPUBackend:
         self._crew = Crew(num_threads)
         self._clocks = np.zeros((num_threads, len(PHASES) + 1), np.int64)
         self._steps_without_bounds = 0
-        self._load(tensors)
+        self._packed = packed = weights
+        self._w_head, self._byte_head = packed.w_head, packed.byte_head
         angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), rope_inv_freq(config))
         cos, sin = angles.cos().numpy().reshape(-1), angles.sin().numpy().reshape(-1)
         biases, steps = pack_biases(
             config,
             tensors,
             {
-                "qkv": self._w_qkv.shape[1],
-                "out": self._w_out.shape[1],
-                "gate_up": self._w_gate_up.shape[1],
-                "down": self._w_down.shape[1],
+                "qkv": packed.w_qkv.shape[1],
+                "out": packed.w_out.shape[1],
+                "gate_up": packed.w_gate_up.shape[1],
+                "down": packed.w_down.shape[1],
             },
         )
         self._shape = Shape(
@@ -110,14 +111,14 @@ class CPUBackend:
             **steps,
         )
         self._weights = Weights(
-            embedding=self._embedding,
-            input_norms=self._input_gains,
-            post_norms=self._post_gains,
-            final_norm=self._final_gain,
-            qkv=self._w_qkv,
-            out=self._w_out,
-            gate_up=self._w_gate_up,
-            down=self._w_down,
+            embedding=packed.embedding,
+            input_norms=packed.input_norms,
+            post_norms=packed.post_norms,
+            final_norm=packed.final_norm,
+            qkv=packed.w_qkv,
+            out=packed.w_out,
+            gate_up=packed.w_gate_up,
+            down=packed.w_down,
             **biases,
             cos=cos,
             sin=sin,
@@ -132,9 +133,16 @@ class CPUBackend:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, options: LoadOptions) -> CPUBackend:
-        """Pack the checkpoint's weights."""
+        """Pack the checkpoint's weights, or read them from the cache."""
+        weights = load_weights(
+            checkpoint,
+            num_threads=options.num_threads,
+            use_cache=options.weight_cache,
+            on_progress=options.on_progress,
+        )
         return cls(
             checkpoint.config,
+            weights,
             checkpoint.tensors,
             max_model_len=options.max_model_len,
             num_threads=options.num_threads,
@@ -145,44 +153,6 @@ class CPUBackend:
         self._crew.close()
         vars(self).clear()
 
-    def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        config, storage = self.config, self.storage
-        layers, hidden = config.num_hidden_layers, config.hidden_size
-        dtype = STORED[storage]
-        qkv_features = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        gate_panels = -(-config.intermediate_size // VECTOR_WIDTH)
-        attention_features = config.num_attention_heads * config.head_dim
-
-        def empty(panels: int, in_features: int) -> np.ndarray:
-            return zeros((layers, panels, in_features, PANEL_WIDTH), dtype)
-
-        self._w_qkv = empty(panel_count(qkv_features), hidden)
-        self._w_out = empty(panel_count(hidden), attention_features)
-        self._w_gate_up = empty(gate_panels, hidden)
-        self._w_down = empty(panel_count(hidden), config.intermediate_size)
-        self._input_gains = np.empty((layers, hidden), np.float32)
-        self._post_gains = np.empty((layers, hidden), np.float32)
-        for layer in range(layers):
-            prefix = f"model.layers.{layer}."
-
-            def get(name: str, prefix: str = prefix) -> torch.Tensor:
-                return tensors[f"{prefix}{name}.weight"]
-
-            fused = torch.cat([get(f"self_attn.{name}_proj") for name in "qkv"])
-            self._w_qkv[layer] = pack_weight(fused, storage)
-            self._w_out[layer] = pack_weight(get("self_attn.o_proj"), storage)
-            gate_up = interleave_gate_up(get("mlp.gate_proj"), get("mlp.up_proj"))
-            self._w_gate_up[layer] = pack_weight(gate_up, storage)
-            self._w_down[layer] = pack_weight(get("mlp.down_proj"), storage)
-            self._input_gains[layer] = get("input_layernorm").float().numpy()
-            self._post_gains[layer] = get("post_attention_layernorm").float().numpy()
-        self._final_gain = tensors["model.norm.weight"].float().numpy()
-        embedding = tensors["model.embed_tokens.weight"]
-        self._embedding = embedding.float().numpy()
-        head = embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
-        self._w_head = aligned(pack_weight(head, storage))
-        self._byte_head = pack_byte_head(head) if HAS_BYTE_PRODUCTS else None
-
     @classmethod
     def plan_memory(cls, config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
         """See `Backend`."""
@@ -190,8 +160,8 @@ class CPUBackend:
 
     def memory(self) -> Memory:
         """What is held now: weights in all their forms, and the buffers that are reserved."""
-        weights = self._w_head.nbytes + sum(array.nbytes for array in self._weights)
-        weights += self._byte_head.nbytes if self._byte_head is not None else 0
+        tables = [array for name, array in self._weights._asdict().items() if name in TABLES]
+        weights = self._packed.memory.nbytes + sum(array.nbytes for array in tables)
         buffers = [*self._scratch, *([] if self._choice is None else self._choice[1:])]
         return Memory(weights, kv_block_bytes(self.config), sum(array.nbytes for array in buffers))
 
@@ -213,7 +183,8 @@ class CPUBackend:
 
     def weight_bytes(self) -> int:
         """Bytes of all product weights."""
-        arrays = (self._w_qkv, self._w_out, self._w_gate_up, self._w_down, self._w_head)
+        packed = self._packed
+        arrays = (packed.w_qkv, packed.w_out, packed.w_gate_up, packed.w_down, packed.w_head)
         return sum(array.nbytes for array in arrays)
 
     def step_bytes(self) -> int:
@@ -316,7 +287,9 @@ class CPUBackend:
     def _rows_per_token(self) -> float:
         """What a token of context costs, relative to a row."""
         c = self.config
-        parameters = sum(array.size for array in (self._w_qkv, self._w_out, self._w_gate_up, self._w_down))
+        parameters = sum(
+            array.size for array in (self._weights.qkv, self._weights.out, self._weights.gate_up, self._weights.down)
+        )
         read = 4 * c.num_hidden_layers * c.num_key_value_heads * (c.head_dim + self._shape.value_width)
         return _FLOP_PER_BYTE * read / (2 * parameters)
 

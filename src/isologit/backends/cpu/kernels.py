@@ -50,7 +50,7 @@ def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """[I, H] gate and up -> rows in groups of VECTOR_WIDTH gate rows, then the matching up rows (zero-padded)."""
     features, hidden = gate.shape
     groups = -(-features // VECTOR_WIDTH)
-    padded = torch.zeros((2, groups * VECTOR_WIDTH, hidden), dtype=gate.dtype)
+    padded = torch.zeros((2, groups * VECTOR_WIDTH, hidden), dtype=torch.promote_types(gate.dtype, up.dtype))
     padded[0, :features] = gate
     padded[1, :features] = up
     return padded.view(2, groups, VECTOR_WIDTH, hidden).transpose(0, 1).reshape(-1, hidden)
@@ -65,6 +65,18 @@ def pack_weight(weight: torch.Tensor, storage: str) -> np.ndarray:
     packed = padded.view(panels, PANEL_WIDTH, in_features).transpose(1, 2).contiguous()
     bits = {"float32": torch.float32, "float16": torch.int16, "bfloat16": torch.uint16}[storage]
     return packed.view(bits).numpy()
+
+
+@njit(nogil=True, cache=True)
+def pack_rows(rows, first, run, lane, out):
+    """Row r of `rows` [n, in_features] to column `lane` + (first + r) % `run` of panel (first + r) // `run` of `out`.
+
+    out: [panels, in_features, PANEL_WIDTH], of the same dtype. `run` rows lie side by side in a panel.
+    """
+    for r in range(rows.shape[0]):
+        panel, column = (first + r) // run, lane + (first + r) % run
+        for i in range(rows.shape[1]):
+            out[panel, i, column] = rows[r, i]
 
 
 @njit(nogil=True)

@@ -46,30 +46,45 @@ class ByteHead:
         return self.weights.nbytes + self.columns.nbytes
 
 
+def has_byte_bounds(depth: int) -> bool:
+    """Whether products of so many features can be bounded: neither odd nor huge depths can."""
+    return depth % 4 == 0 and depth <= _LARGEST_DEPTH
+
+
+def quantised_rows(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows [n, in_features] of an LM head as bytes, uint8 [n, in_features], and what bounds them, float32 [n, 3].
+
+    Both as in `ByteHead`. None when a weight is not finite or near the end of float32: no bounds.
+    """
+    exact = rows.double().numpy()
+    largest = np.abs(exact).max(1)
+    if not largest.max(initial=0) < _MOST_NORM:  # NOTE: written so that NaN is refused as well.
+        return None
+    rounding = (exact.shape[1] + 32) * 2.0**-23
+    scale = np.where(largest > 0, largest / _LARGEST_BYTE, 1.0).astype(np.float32)
+    scaled = np.rint(exact / scale.astype(np.float64)[:, None]).clip(-_LARGEST_BYTE, _LARGEST_BYTE)
+    approximate = scaled * scale.astype(np.float64)[:, None]
+    error = np.linalg.norm(exact - approximate, axis=1) + rounding * np.linalg.norm(exact, axis=1)
+    columns = np.stack([scale, _rounded_up(error), _rounded_up(np.linalg.norm(approximate, axis=1))], axis=1)
+    return (scaled + 128).astype(np.uint8), columns
+
+
 def pack_byte_head(head: torch.Tensor) -> ByteHead | None:
     """[vocab, in_features] -> bytes; None without bounds: odd or huge depths, weights near the end of float32."""
     vocab, depth = head.shape
-    # NOTE: written so that NaN is refused as well.
-    if depth % 4 or depth > _LARGEST_DEPTH or not float(head.abs().max()) < _MOST_NORM:
+    if not has_byte_bounds(depth):
         return None
     panels = panel_count(vocab)
     bytes_ = np.full((panels * PANEL_WIDTH, depth), 128, np.uint8)
     # NOTE: columns of padding have a bound below any logit.
     columns = np.zeros((panels * PANEL_WIDTH, 3), np.float32)
     columns[vocab:, 1] = -np.inf
-    rounding = (depth + 32) * 2.0**-23
     for first in range(0, vocab, _ROWS_AT_ONCE):
-        exact = head[first : first + _ROWS_AT_ONCE].double().numpy()
-        places = slice(first, first + len(exact))
-        largest = np.abs(exact).max(1)
-        scale = np.where(largest > 0, largest / _LARGEST_BYTE, 1.0).astype(np.float32)
-        scaled = np.rint(exact / scale.astype(np.float64)[:, None]).clip(-_LARGEST_BYTE, _LARGEST_BYTE)
-        bytes_[places] = scaled + 128
-        approximate = scaled * scale.astype(np.float64)[:, None]
-        error = np.linalg.norm(exact - approximate, axis=1) + rounding * np.linalg.norm(exact, axis=1)
-        columns[places, 0] = scale
-        columns[places, 1] = _rounded_up(error)
-        columns[places, 2] = _rounded_up(np.linalg.norm(approximate, axis=1))
+        found = quantised_rows(head[first : first + _ROWS_AT_ONCE])
+        if found is None:
+            return None
+        places = slice(first, first + len(found[0]))
+        bytes_[places], columns[places] = found
     by_panel = bytes_.reshape(panels, PANEL_WIDTH, depth // 4, 4).transpose(0, 2, 1, 3)
     weights = np.ascontiguousarray(by_panel).view(np.int32)[..., 0]
     return ByteHead(aligned(weights), aligned(columns.reshape(panels, PANEL_WIDTH, 3).transpose(0, 2, 1)))

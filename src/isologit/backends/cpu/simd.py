@@ -19,6 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from isologit.common.cache_folder import cache_folder
+
 
 def _host_vector_width() -> int:
     """float32 lanes of the widest vector register of this CPU."""
@@ -62,8 +64,7 @@ def use_versioned_cache() -> None:
     digest = hashlib.sha256(numba.__version__.encode())
     for source in kernel_sources():
         digest.update(source.read_bytes())
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    numba.config.CACHE_DIR = str(root / "isologit" / f"kernels-{digest.hexdigest()[:16]}")
+    numba.config.CACHE_DIR = str(cache_folder() / f"kernels-{digest.hexdigest()[:16]}")
 
 
 use_versioned_cache()

@@ -10,12 +10,13 @@ import numpy as np
 from isologit.backends.base import LoadOptions, Memory
 from isologit.backends.cpu.heads import MAX_CHUNKS
 from isologit.backends.cpu.kernels import COUNTER_STRIDE, SCRATCH_SIZE, kv_block_size, panel_count
+from isologit.backends.cpu.packing import packed_bytes
 from isologit.backends.cpu.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
 from isologit.config import ModelConfig
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype by name
 
-STORED = {"float32": np.float32, "float16": np.int16, "bfloat16": np.uint16}  # what holds the weights' bits
+TABLES = ("qkv_bias", "out_bias", "gate_up_bias", "down_bias", "cos", "sin")  # beside the packed weights
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -39,31 +40,19 @@ def kv_block_bytes(config: ModelConfig) -> int:
     return 4 * config.num_hidden_layers * config.num_key_value_heads * block
 
 
-def weight_shapes(config: ModelConfig) -> Shapes:
-    """All weights and tables as they are kept, but the rotary ones."""
-    c, stored = config, STORED[config.dtype]
-    layers, hidden, panels = c.num_hidden_layers, c.hidden_size, panel_count(c.vocab_size)
-    heads_size = c.num_attention_heads * c.head_dim
-    qkv_panels = panel_count(heads_size + 2 * c.num_key_value_heads * c.head_dim)
-    gate_panels = -(-c.intermediate_size // VECTOR_WIDTH)
-    shapes: Shapes = {
-        "embedding": ((c.vocab_size, hidden), np.float32),
-        "norms": ((2 * layers + 1, hidden), np.float32),
-        "qkv": ((layers, qkv_panels, hidden, PANEL_WIDTH), stored),
-        "out": ((layers, panel_count(hidden), heads_size, PANEL_WIDTH), stored),
-        "gate_up": ((layers, gate_panels, hidden, PANEL_WIDTH), stored),
-        "down": ((layers, panel_count(hidden), c.intermediate_size, PANEL_WIDTH), stored),
-        "head": ((panels, hidden, PANEL_WIDTH), stored),
+def table_shapes(config: ModelConfig, max_model_len: int) -> Shapes:
+    """What is kept beside the packed weights: the fields of `arguments.Weights` that TABLES names."""
+    c, layers = config, config.num_hidden_layers
+    qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    panels = {
+        "qkv_bias": panel_count(qkv) if c.attention_bias else 0,
+        "out_bias": panel_count(c.hidden_size) if c.attention_bias else 0,
+        "gate_up_bias": -(-c.intermediate_size // VECTOR_WIDTH) if c.mlp_bias else 0,
+        "down_bias": panel_count(c.hidden_size) if c.mlp_bias else 0,
     }
-    for product, given in (
-        ("qkv", c.attention_bias), ("out", c.attention_bias), ("gate_up", c.mlp_bias), ("down", c.mlp_bias)
-    ):  # fmt: skip
-        panels_with_bias = max(4, shapes[product][0][1] if given else 0)
-        shapes[f"{product}_bias"] = ((layers, panels_with_bias * PANEL_WIDTH), np.float32)
-    if HAS_BYTE_PRODUCTS:
-        shapes["byte_head"] = ((panels, hidden // 4, PANEL_WIDTH), np.int32)
-        shapes["byte_columns"] = ((panels, 3, PANEL_WIDTH), np.float32)
-    return shapes
+    shapes: Shapes = {name: ((layers, max(4, count) * PANEL_WIDTH), np.float32) for name, count in panels.items()}
+    angles = (max_model_len * (c.head_dim // 2),)
+    return shapes | {"cos": (angles, np.float32), "sin": (angles, np.float32)}
 
 
 def scratch_shapes(config: ModelConfig, max_model_len: int, num_threads: int, num_tokens: int) -> Shapes:
@@ -124,5 +113,5 @@ def plan_memory(config: ModelConfig, options: LoadOptions, num_tokens: int) -> M
     scratch = scratch_shapes(config, options.max_model_len, options.num_threads, num_tokens)
     if HAS_BYTE_PRODUCTS:
         scratch |= choice_shapes(config, options.num_threads, num_tokens)
-    angles = 4 * options.max_model_len * config.head_dim
-    return Memory(nbytes(weight_shapes(config)) + angles, kv_block_bytes(config), nbytes(scratch))
+    weights = packed_bytes(config) + nbytes(table_shapes(config, options.max_model_len))
+    return Memory(weights, kv_block_bytes(config), nbytes(scratch))
