@@ -44,7 +44,7 @@ def run(prompts: Path, tmp_path: Path, engine: type[LLM] = LLM, spoil: Callable[
         spoil(tensors)
         save_file(tensors, folder / "model.safetensors")
 
-    def factory(options: EngineOptions) -> LLM:
+    def factory(*_: object) -> LLM:
         llm = engine(folder, num_threads=1)
         llm.checkpoint = open_checkpoint(demo_model_path())
         return llm

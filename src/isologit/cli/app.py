@@ -1,4 +1,4 @@
-"""All commands but those of `bench`, `run` and `serve`. Heavy modules are loaded by the command that needs them."""
+"""All commands of `isologit`. Heavy modules are loaded by the command that needs them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from isologit import __version__
 from isologit.cli.bench_command import bench_app
+from isologit.cli.cache_command import cache_app
 from isologit.cli.exits import Exit, reporting_errors
 from isologit.cli.judge_command import judge_app
 from isologit.cli.run_command import run_command
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("run")(run_command)
 app.command("serve")(serve_command)
 app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
 app.add_typer(judge_app, name="judge")
 
 

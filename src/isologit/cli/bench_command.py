@@ -112,6 +112,9 @@ MaxNumSeqs = Annotated[int | None, _option(_ENGINE, metavar="N", help="Requests 
 MaxNumBatchedTokens = Annotated[int | None, _option(_ENGINE, metavar="N", help="Tokens of one step. Default: planned.")]
 SpeculativeTokens = Annotated[int, _option(_ENGINE, metavar="N", help="Most draft tokens, found by prompt lookup.")]
 Threads = Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")]
+WeightCache = Annotated[
+    bool, _option(_ENGINE, show_default=False, help="Keep packed weights of large models on disk (on).")
+]
 OutputJson = Annotated[Path | None, _option(_OUTPUT, metavar="FILE", help="Save the figures here.")]
 
 
@@ -366,6 +369,7 @@ def throughput(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
     threads: Threads = None,
+    weight_cache: WeightCache = _ENGINE_DEFAULTS.weight_cache,
     seed: Annotated[int, _option(_ENGINE, metavar="N", help="Of dummy weights.")] = _ENGINE_DEFAULTS.seed,
     output_json: OutputJson = None,
 ) -> None:
@@ -386,6 +390,7 @@ def throughput(
                 max_num_batched_tokens=max_num_batched_tokens,
                 speculative_config=speculation(speculative_tokens),
                 num_threads=threads,
+                weight_cache=weight_cache,
                 seed=seed,
             ),
             dataset=dataset_path,
@@ -397,7 +402,7 @@ def throughput(
         interrupt_on_sigterm()
         with display(quiet=False) as observer:
             observer.stage("load the model")
-            engine = load_engine(options.engine)
+            engine = load_engine(options.engine, observer.loading)
             prepared = preprocess(options, engine)
             if prepared.refused:
                 first = prepared.refused[0]
@@ -431,6 +436,7 @@ def latency(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
     threads: Threads = None,
+    weight_cache: WeightCache = _ENGINE_DEFAULTS.weight_cache,
     seed: Annotated[
         int, _option(_ENGINE, metavar="N", help="Of the prompts and of dummy weights.")
     ] = _ENGINE_DEFAULTS.seed,
@@ -451,13 +457,14 @@ def latency(
             enable_prefix_caching=False,
             speculative_config=speculation(speculative_tokens),
             num_threads=threads,
+            weight_cache=weight_cache,
             seed=seed,
         )
         interrupt_on_sigterm()
         total = num_iters_warmup + num_iters
         with display(quiet=False) as observer:
             observer.stage("load the model")
-            engine = load_engine(options)
+            engine = load_engine(options, observer.loading)
             observer.stage("run")
             found = measure_latency(
                 engine,

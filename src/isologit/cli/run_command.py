@@ -153,6 +153,14 @@ def run_command(
     threads: Annotated[
         int | None, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Worker threads. Default: every core.")
     ] = None,
+    weight_cache: Annotated[
+        bool,
+        typer.Option(
+            rich_help_panel=_ENGINE,
+            show_default=False,
+            help="Keep packed weights of large models on disk for the next start (on).",
+        ),
+    ] = _ENGINE_DEFAULTS.weight_cache,
     seed: Annotated[
         int, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Of dummy weights and of the baseline's sample.")
     ] = _ENGINE_DEFAULTS.seed,
@@ -209,6 +217,7 @@ def run_command(
                 backend=backend,
                 device=device,
                 num_threads=threads,
+                weight_cache=weight_cache,
                 seed=seed,
             ),
             dataset=dataset,

@@ -101,6 +101,9 @@ def serve_command(
             help="Encode text of a conversation as plain text: </s> in a message ends nothing.",
         ),
     ] = _DEFAULTS.plain_user_content,
+    weight_cache: Annotated[
+        bool, _option(_ENGINE, show_default=False, help="Keep packed weights of large models on disk (on).")
+    ] = _ENGINE_DEFAULTS.weight_cache,
     strict_contest: Annotated[
         bool,
         _option(_ENGINE, "--strict-contest", help="Copy the quirks of the contest's server that clients can see."),
@@ -112,6 +115,7 @@ def serve_command(
     changed first.
     """
     with reporting_errors():
+        from isologit.cli.display import display
         from isologit.server.contest_config import ContestConfig, load_contest_config
         from isologit.server.run import serve
 
@@ -135,6 +139,7 @@ def serve_command(
                     backend=backend,
                     device=device,
                     num_threads=threads,
+                    weight_cache=weight_cache,
                 ),
                 served_model_name=served_model_name or asked.name,
                 host=host or asked.host or _DEFAULTS.host,
@@ -147,7 +152,8 @@ def serve_command(
                 max_body_bytes=max_body_bytes,
                 request_timeout_s=request_timeout,
                 strict_contest=strict_contest,
-            )
+            ),
+            starting=lambda: display(quiet=False),
         )
     raise typer.Exit(code)
 

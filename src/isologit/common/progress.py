@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from isologit.common.load_progress import LoadProgress
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -25,6 +27,7 @@ class Observer(Protocol):
     def stage(self, name: str) -> None: ...
     def progress(self, progress: Progress) -> None: ...
     def note(self, text: str) -> None: ...
+    def loading(self, progress: LoadProgress) -> None: ...
 
 
 class Silent:
@@ -38,3 +41,6 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Something that should be known."""
+
+    def loading(self, progress: LoadProgress) -> None:
+        """Some of a model's bytes are loaded."""

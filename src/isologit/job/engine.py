@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from isologit.checkpoints.checkpoint import Checkpoint
+from isologit.common.load_progress import OnLoadProgress
 from isologit.config import EngineOptions, ModelConfig
 from isologit.engine.planner import Plan
 from isologit.engine.request import GenerationRequest, RequestOutput
@@ -50,11 +51,11 @@ class TimedBaseline(Protocol):
     def identity(self) -> dict[str, str]: ...
 
 
-EngineFactory = Callable[[EngineOptions], Engine]
+EngineFactory = Callable[[EngineOptions, OnLoadProgress | None], Engine]
 
 
-def load_engine(options: EngineOptions) -> Engine:
+def load_engine(options: EngineOptions, on_load_progress: OnLoadProgress | None = None) -> Engine:
     """The `LLM` these options ask for. Raises ModelError or ConfigError."""
     from isologit.llm import LLM
 
-    return LLM(options=options)
+    return LLM(options=options, on_load_progress=on_load_progress)

@@ -205,7 +205,7 @@ class _Job:
 
     def _load(self) -> Engine:
         with self._timed("load_s", "loading the model"):
-            engine = self._engine = self._engine_factory(self.options.engine)
+            engine = self._engine = self._engine_factory(self.options.engine, self.observer.loading)
             engine.checkpoint.sha256()
         return engine
 

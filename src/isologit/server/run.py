@@ -8,11 +8,14 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
+from isologit.common.progress import Observer, Silent
+from isologit.config.engine_options import LogprobsMode
 from isologit.engine.async_engine import AsyncEngine
 from isologit.errors import ConfigError, ModelError
 from isologit.llm import LLM
@@ -61,20 +64,30 @@ def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
     )
 
 
-def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> int:
+def serve(
+    options: ServerOptions,
+    *,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    starting: Callable[[], AbstractContextManager[Observer]] = lambda: nullcontext(Silent()),
+) -> int:
     """Serve until told to stop; returns the exit code: 0 after draining, 1 when the engine could not go on.
+
+    `starting` gives what is told of loading and warming up, and is left when these are over.
 
     Raises UserError for what the user must change, before anything is served.
     """
     listener = bind(options.host, options.port)
     model = options.engine.model
     name = options.served_model_name or (DEMO_NAME if model is None else Path(model).name)
-    say("loading the model ...")
-    llm = LLM(options=options.engine, logprobs_mode="raw_logits" if options.strict_contest else "raw_logprobs")
+    llm = None
     try:
-        service = make_service(llm, options, name)
-        say("warming up ...")
-        llm.warm_up()
+        with starting() as observer:
+            observer.stage("loading the model")
+            mode: LogprobsMode = "raw_logits" if options.strict_contest else "raw_logprobs"
+            llm = LLM(options=options.engine, logprobs_mode=mode, on_load_progress=observer.loading)
+            service = make_service(llm, options, name)
+            observer.stage("warming up")
+            llm.warm_up()
         _allow_many_connections()
         sys.setswitchinterval(_SWITCH_S)
         host, port = listener.getsockname()[:2]
@@ -83,7 +96,8 @@ def serve(options: ServerOptions, *, say: Callable[[str], None] = lambda line: p
         Server(service, on_started=lambda: say(line)).run(sockets=[listener])
         return 0 if service.engine.failed is None else 1
     finally:
-        llm.close()
+        if llm is not None:
+            llm.close()
 
 
 def _allow_many_connections() -> None:
