@@ -29,17 +29,19 @@ def write_mindspore_ckpt(
     scalar_dims: tuple[int, ...] = (),
 ) -> None:
     """One `Value` a part of at most `part_bytes`; `scalar_dims` are the dims written for tensors without any."""
-    content = bytearray()
-    for name, tensor in tensors.items():
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        dims = tuple(tensor.shape) or scalar_dims
-        for start in range(0, max(len(data), 1), part_bytes):
-            content += value_message(
-                name, dims, _TYPE_NAMES[tensor.dtype], data[start : start + part_bytes], packed_dims
-            )
-    if crc:
-        content += b"crc_num" + zlib.crc32(content).to_bytes(10, "big")
-    file.write_bytes(content)
+    checksum = 0
+    with file.open("wb") as out:
+        for name, tensor in tensors.items():
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            dims = tuple(tensor.shape) or scalar_dims
+            for start in range(0, max(len(data), 1), part_bytes):
+                message = value_message(
+                    name, dims, _TYPE_NAMES[tensor.dtype], data[start : start + part_bytes], packed_dims
+                )
+                checksum = zlib.crc32(message, checksum)
+                out.write(message)
+        if crc:
+            out.write(b"crc_num" + checksum.to_bytes(10, "big"))
 
 
 def value_message(name: str, dims: tuple[int, ...], type_name: str, data: bytes, packed_dims: bool = False) -> bytes:

@@ -126,7 +126,7 @@ def open_checkpoint(path: str | Path, *, config: str | Path | None = None, qkv_l
         kind, stored = "mindformers", to_huggingface(stored, model_config, path, qkv_layout=qkv_layout)
     tensors = checked_tensors(stored, model_config, path)
     model_config = replace(model_config, dtype=stored_dtype(tensors))
-    return Checkpoint(model_config, LazyTensors(tensors), path, kind, str(path))
+    return Checkpoint(model_config, LazyTensors(tensors), path, kind, str(path.resolve()))
 
 
 def _read_folder(folder: Path) -> dict[str, StoredTensor]:
