@@ -40,7 +40,7 @@ if sys.argv[2] == "hold":  # more than may be held beside the weights
 told = []
 weights = load_weights(checkpoint, num_threads=2, use_cache=sys.argv[2] != "hold", on_progress=told.append)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-norms = weights.input_gains[:, 0].tolist()
+norms = weights.input_norms[:, 0].tolist()
 doing = sorted({progress.doing for progress in told})
 print(json.dumps({"peak": peak, "norms": norms, "sha256": checkpoint.sha256(), "doing": doing}))
 """
