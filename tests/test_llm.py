@@ -321,7 +321,7 @@ def test_abort_returns_what_there_is_and_the_others_go_on(model: tuple[Path, Lla
 
 @pytest.mark.parametrize(
     ("ids", "max_tokens", "message"),
-    [([], 1, "empty"), ([VOCAB], 1, "outside"), ([1] * 250, 7, "context of 256")],
+    [([], 1, "empty"), ([VOCAB], 1, "outside"), ([1] * 250, 7, "context length is 256")],
 )
 def test_impossible_requests_are_refused_before_any_work(
     model: tuple[Path, LlamaForCausalLM], ids: list[int], max_tokens: int, message: str

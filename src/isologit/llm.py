@@ -24,6 +24,7 @@ from isologit.engine.kv_sizes import most_blocks, prepared_blocks, run_blocks
 from isologit.engine.loop import EngineLoop
 from isologit.engine.planner import Plan, plan
 from isologit.engine.request import GenerationRequest, RequestMetrics, RequestOutput, SamplingParams
+from isologit.engine.request_limits import RequestLimits
 from isologit.engine.runner import Runner
 from isologit.engine.scheduler import Scheduler, SchedulerConfig
 from isologit.engine.speculation import NGramProposer, Proposer
@@ -109,31 +110,20 @@ class LLM:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError when the request can never run on this model."""
-        ids, max_tokens = request.prompt_token_ids, request.params.max_tokens
-        if not ids:
-            raise RequestError(f"request {request.request_id}: the prompt is empty; give at least one token")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise RequestError(
-                f"request {request.request_id}: a prompt token id is outside 0..{self.config.vocab_size - 1}; "
-                "use the model's own tokenizer"
-            )
-        for token in request.replay_token_ids or ():
-            if not 0 <= token < self.config.vocab_size:
-                raise RequestError(f"request {request.request_id}: replayed token {token} is not in the vocabulary")
-        if len(ids) + max_tokens > self.max_model_len:
-            raise RequestError(
-                f"request {request.request_id}: {len(ids)} prompt tokens and {max_tokens} new ones exceed the model's "
-                f"context of {self.max_model_len}; shorten the prompt or max_tokens"
-            )
-        if request.params.stop and self.tokenizer is None:
-            raise RequestError(f"request {request.request_id}: stop strings need a tokenizer; use stop_token_ids")
-        if self._blocks_of(request) > self.max_kv_blocks:
-            raise RequestError(
-                f"request {request.request_id}: its keys and values need "
-                f"{self._blocks_of(request) * self._kv_bytes_per_block() >> 20} MiB and only "
-                f"{self.max_kv_blocks * self._kv_bytes_per_block() >> 20} MiB are available; "
-                "shorten it or raise kv_cache_memory_bytes"
-            )
+        try:
+            self.limits.check(request.prompt_token_ids, request.params, request.replay_token_ids)
+        except RequestError as error:
+            raise RequestError(f"request {request.request_id}: {error}") from None
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What a request may be."""
+        return RequestLimits(
+            max_model_len=self.max_model_len,
+            max_kv_tokens=self.max_kv_blocks * self._model.block_size,
+            vocab_size=self.config.vocab_size,
+            has_tokenizer=self.tokenizer is not None,
+        )
 
     def _blocks_of(self, request: GenerationRequest) -> int:
         tokens = len(request.prompt_token_ids) + request.params.max_tokens - 1
@@ -204,8 +194,9 @@ class LLM:
         chosen = self.last_plan = self.plan(queue)
         loop = self._loop = self._make_loop(queue, chosen, zero)
         self.step_records = loop.step_records
-        for index in chosen.order:
-            loop.add(queue[index])
+        arrival_s = loop.now()
+        for request in queue:
+            loop.add(request, arrival_s=arrival_s)
         try:
             while loop.has_work():
                 yield from loop.step()
@@ -257,6 +248,8 @@ class LLM:
             max_num_batched_tokens=rows,
             eos_token_ids=self.config.eos_token_ids,
             max_model_len=self.max_model_len,
+            vocab_size=self.config.vocab_size,
+            longest_first=options.longest_first,
         )
         scheduler = Scheduler(config, pool, self._make_proposer(rows))
         return EngineLoop(

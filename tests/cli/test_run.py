@@ -116,7 +116,7 @@ def test_one_bad_request_does_not_stop_the_others(invoke: Invoke, tmp_path: Path
     assert {name for name, line in found.items() if line["error"]} == {*found} - {"a", "g"}
     assert found["a"]["token_ids"] == found["g"]["token_ids"] != []
     assert "empty" in found["b"]["error"]
-    assert "context of 1024" in found["d"]["error"]
+    assert "context length is 1024" in found["d"]["error"]
     assert "malformed JSON" in found["7"]["error"]
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["verdict"] == "VALID"

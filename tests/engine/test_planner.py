@@ -17,7 +17,7 @@ from isologit.engine.request import GenerationRequest, SamplingParams, Sequence
 from isologit.engine.scheduler import Scheduler, SchedulerConfig
 from isologit.errors import ConfigError
 
-COST = StepCost(fixed_s=0.5, per_row_s=0.25, stream_s=1.0)
+COST = StepCost(fixed_s=0.5, per_row_s=0.25)
 MANY = 10**6
 TRACE = Path(__file__).parents[3] / "shared" / "data" / "contest_lengths.csv"
 
@@ -51,8 +51,8 @@ def test_simulation_agrees_with_the_scheduler(data: st.DataObject, lengths: list
     assert (steps, pytest.approx(seconds)) == schedule_for_real(lengths, order, slots, budget, blocks, block_size)
 
 
-def test_cost_is_a_roofline() -> None:
-    assert [COST.seconds(rows) for rows in (1, 4, 8)] == [1.5, 1.5, 2.5]
+def test_a_step_costs_a_fixed_part_and_a_part_for_each_row() -> None:
+    assert [COST.seconds(rows) for rows in (1, 4, 8)] == [0.75, 1.5, 2.5]
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
@@ -86,7 +86,7 @@ def test_given_settings_are_kept_and_the_order_is_longest_first() -> None:
     per_row=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
 )
 def test_no_setting_of_the_grid_is_more_than_one_percent_better(lengths: list[tuple[int, int]], per_row: float) -> None:
-    cost = StepCost(0.1, per_row, 1.0)
+    cost = StepCost(1.0, per_row)
     chosen = plan(lengths, num_blocks=60, block_size=4, cost=cost)
     for slots in {1, 2, 4, 8, 16, len(lengths)}:
         for budget in (256, 2048):
@@ -96,9 +96,9 @@ def test_no_setting_of_the_grid_is_more_than_one_percent_better(lengths: list[tu
 
 def test_slots_follow_the_hardware() -> None:
     lengths = [(10, 20)] * 64
-    rows_are_free = plan(lengths, num_blocks=MANY, block_size=4, cost=StepCost(0.0, 0.0, 1.0))
+    rows_are_free = plan(lengths, num_blocks=MANY, block_size=4, cost=StepCost(1.0, 0.0))
     assert rows_are_free.max_num_seqs == 64
-    rows_are_everything = plan(lengths, num_blocks=MANY, block_size=4, cost=StepCost(0.0, 1.0, 1.0))
+    rows_are_everything = plan(lengths, num_blocks=MANY, block_size=4, cost=StepCost(0.0, 1.0))
     assert rows_are_everything.max_num_seqs == 1
 
 
@@ -138,6 +138,6 @@ class TestContestTrace:
         assert min(times) < 0.03
 
     def test_free_rows_reach_the_floor(self) -> None:
-        chosen = plan(self.lengths(), num_blocks=MANY, block_size=16, cost=StepCost(0.0, 1e-6, 1e-2))
+        chosen = plan(self.lengths(), num_blocks=MANY, block_size=16, cost=StepCost(1e-2, 1e-6))
         assert chosen.predicted_steps <= 504 * 1.01
         assert chosen.max_num_seqs <= 256

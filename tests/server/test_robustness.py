@@ -109,7 +109,7 @@ def test_a_client_that_leaves_while_it_waits_is_never_run(start: Callable[..., R
         assert first.result().status_code == 200
         server.wait_idle()
     assert {name for plan in steps.plans for name in plan} == set(steps.plans[0])
-    assert not engine._waiting
+    assert engine.engine.scheduler.num_waiting == 0
 
 
 def test_leaving_while_the_body_is_sent_leaves_nothing(server: Running) -> None:

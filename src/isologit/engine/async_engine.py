@@ -7,7 +7,6 @@ one call, however many requests gained something. It does not know HTTP.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
 import threading
 import time
@@ -19,10 +18,10 @@ from queue import Empty, SimpleQueue
 from isologit.common.logs import log_error
 from isologit.engine.loop import EngineLoop
 from isologit.engine.request import GenerationRequest, RequestOutput
+from isologit.engine.request_limits import RequestLimits
 from isologit.errors import IsologitError, RequestError
 
 _MOST_FAILURES_IN_A_ROW = 3
-_AGING_TOKENS_PER_S = 16.0  # longer requests go first, but a second of waiting is worth so many tokens
 
 
 class EngineFailedError(IsologitError):
@@ -118,8 +117,6 @@ class AsyncEngine:
         self._on_failure: Callable[[], None] = lambda: None
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, Stream] = {}
-        self._waiting: dict[str, GenerationRequest] = {}  # not yet given to the engine; order in `_heap`
-        self._heap: list[tuple[float, str]] = []
         self._numbers = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failures = 0
@@ -138,6 +135,11 @@ class AsyncEngine:
         self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout=60)
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What a request may be."""
+        return self.engine.scheduler.limits
 
     @property
     def max_num_seqs(self) -> int:
@@ -213,31 +215,18 @@ class AsyncEngine:
 
     def _add(self, requests: Sequence[GenerationRequest]) -> None:
         for request in requests:
-            self._waiting[request.request_id] = request
-            aged = request.params.max_tokens - _AGING_TOKENS_PER_S * time.monotonic()
-            heapq.heappush(self._heap, (-aged, request.request_id))
-
-    def _abort(self, names: Sequence[str]) -> None:
-        for name in names:
-            if self._waiting.pop(name, None) is None:
-                self.engine.abort(name)
-
-    def _admit(self) -> None:
-        """Give the engine as many requests as it has slots: the longest first, as it takes most steps."""
-        scheduler = self.engine.scheduler
-        while self._heap and scheduler.num_running + scheduler.num_waiting < scheduler.config.max_num_seqs:
-            request = self._waiting.pop(heapq.heappop(self._heap)[1], None)
-            if request is None:
-                continue  # cancelled meanwhile
             try:
                 self.engine.add(request)
             except RequestError as error:
                 self._call(self._deliver_failure, [request.request_id], str(error))
 
+    def _abort(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.engine.abort(name)
+
     def _run(self) -> None:
         try:
             while self.failed is None and self._take_inbox():
-                self._admit()
                 if self.engine.has_work():
                     self._step()
         except Exception as error:  # NOTE: a thread that ended in silence would leave every client waiting
@@ -250,7 +239,7 @@ class AsyncEngine:
         """Apply what has arrived, waiting for something when there is no work; False when it is time to end."""
         try:
             while True:
-                action = self._inbox.get(block=not (self.engine.has_work() or self._waiting))
+                action = self._inbox.get(block=not self.engine.has_work())
                 if action is None:
                     return False
                 action()

@@ -46,7 +46,7 @@ class StepTimes:
         """The straight line from the smallest step to the largest, with the host's share."""
         (first, *_, last), (least, *_, most) = self.rows + self.rows[-1:], self.seconds + self.seconds[-1:]
         per_row = (most - least) / (last - first) if last > first else least
-        return StepCost(fixed_s=least + _HOST_SECONDS, per_row_s=max(per_row, 1e-9), stream_s=0.0)
+        return StepCost(fixed_s=least + _HOST_SECONDS, per_row_s=max(per_row, 1e-9))
 
 
 def measure_step_times(model: Backend, vocab_size: int, max_rows: int) -> StepTimes:

@@ -69,13 +69,13 @@ class EngineLoop:
         """Seconds since the run began."""
         return time.perf_counter() - self._zero_s
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queue a request."""
+    def add(self, request: GenerationRequest, *, arrival_s: float | None = None) -> None:
+        """Queue a request, which arrives now unless told. Raises RequestError as `Scheduler.add`."""
         params = request.params
         seed = params.seed if params.seed is not None else [self._seed, self._num_added]
         self._num_added += 1
         seq = Sequence(request)
-        seq.arrival_s = self.now()
+        seq.arrival_s = self.now() if arrival_s is None else arrival_s
         self.scheduler.add(seq)
         text = None if self.tokenizer is None else OutputText(self.tokenizer, params)
         self._progress[request.request_id] = Progress(seq, text, self._sampler(params, seed))

@@ -22,19 +22,17 @@ _NEAR_TIE = 1.01  # settings within one percent of the best count as equal; the 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step with r rows: fixed_s + max(stream_s, per_row_s * r).
+    """Seconds of a step with r rows: fixed_s + per_row_s * r, as measured from the smallest step to the largest.
 
-    The roofline model (Williams et al. 2009) of a weight-bound step: either streaming all weights once or the
-    arithmetic of the rows takes longer.
+    fixed_s holds what every step costs: reading the weights once, and the host's share.
     """
 
     fixed_s: float
     per_row_s: float
-    stream_s: float
 
     def seconds(self, rows: int) -> float:
         """Seconds of one step with `rows` rows."""
-        return self.fixed_s + max(self.stream_s, self.per_row_s * rows)
+        return self.fixed_s + self.per_row_s * rows
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,7 @@ def plan(
         order.sort(key=lambda i: (-lengths[i][1], -lengths[i][0]))
     budget = max_num_batched_tokens
     slots = _slot_choices(len(lengths), budget) if max_num_seqs is None else [max_num_seqs]
-    settings = [
-        (count, rows) for count in slots for rows in (_budget_choices(count, cost) if budget is None else [budget])
-    ]
+    settings = [(count, rows) for count in slots for rows in (_budget_choices(count) if budget is None else [budget])]
     good_enough = _least_seconds(lengths, cost) * _NEAR_TIE
     candidates: list[tuple[int, int, int, float]] = []
     for count, rows in settings:
@@ -146,7 +142,7 @@ def _least_seconds(lengths: SequenceABC[WorkloadItem], cost: StepCost) -> float:
     """No schedule is faster: the longest output takes a step per token, and every row is computed once."""
     steps = max((max_tokens for _, max_tokens in lengths), default=0)
     rows = sum(prompt + max_tokens - 1 for prompt, max_tokens in lengths)
-    return cost.fixed_s * steps + max(cost.stream_s * steps, cost.per_row_s * rows)
+    return cost.fixed_s * steps + cost.per_row_s * rows
 
 
 def _slot_choices(num_requests: int, budget: int | None) -> list[int]:
@@ -155,7 +151,6 @@ def _slot_choices(num_requests: int, budget: int | None) -> list[int]:
     return [*choices, most] if most <= _SLOTS[-1] else choices
 
 
-def _budget_choices(slots: int, cost: StepCost) -> list[int]:
-    """Row limits to try: the fixed ones, and the one up to which rows ride along with the weights for free."""
-    knee = int(cost.stream_s / cost.per_row_s) if cost.per_row_s > 0 else _BUDGETS[-1]
-    return sorted({max(slots, rows) for rows in (*_BUDGETS, min(knee, _BUDGETS[-1]))})
+def _budget_choices(slots: int) -> list[int]:
+    """Row limits to try."""
+    return sorted({max(slots, rows) for rows in _BUDGETS})

@@ -1,17 +1,18 @@
 """Who runs in the next step, and what came of it. Plain ints and lists; knows nothing of tensors, text or time.
 
 Every sequence is admitted with all the blocks it can ever need, so nothing that runs is ever pushed out again. The
-queue is served in the order of `add`; the planner decides that order beforehand.
+queue (`waiting_queue`) says who is next.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 from isologit.engine.blocks import BlockPool
 from isologit.engine.request import Sequence, SequenceStatus
+from isologit.engine.request_limits import RequestLimits
 from isologit.engine.speculation import Proposer
+from isologit.engine.waiting_queue import WaitingQueue
 from isologit.errors import ConfigError, RequestError
 
 _NAN = -1  # among chosen tokens: the row's logits are NaN
@@ -26,6 +27,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int  # rows of one step
     eos_token_ids: tuple[int, ...]
     max_model_len: int  # prompt and output tokens of one request
+    vocab_size: int | None = None
+    longest_first: bool = False  # the order of the queue; else as requests come
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
@@ -72,7 +75,9 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.proposer = proposer
-        self._waiting: deque[Sequence] = deque()
+        kv_tokens = blocks.num_blocks * blocks.block_size
+        self.limits = RequestLimits(config.max_model_len, kv_tokens, config.vocab_size)
+        self._waiting = WaitingQueue(longest_first=config.longest_first)
         self._running: dict[str, Sequence] = {}
         self._live: dict[str, Sequence] = {}  # waiting, running, or finished and not yet handed out
         self._unreported: list[Sequence] = []  # finished without a step
@@ -96,27 +101,16 @@ class Scheduler:
         return request_id in self._live
 
     def add(self, seq: Sequence) -> None:
-        """Put a sequence at the end of the queue. Raises RequestError if it can never run or its id is in use."""
+        """Put a sequence into the queue. Raises RequestError if it can never run or its id is in use."""
         request = seq.request
         if request.request_id in self._live:
             raise RequestError(f"request id {request.request_id} is in use; ids must be unique")
-        if not seq.token_ids:
-            raise RequestError(f"request {request.request_id}: the prompt is empty; give at least one token")
-        if seq.max_total_tokens > self.config.max_model_len:
-            raise RequestError(
-                f"request {request.request_id}: {seq.max_total_tokens} tokens of prompt and output exceed the context "
-                f"of {self.config.max_model_len}; shorten the prompt or max_tokens"
-            )
-        if self._num_blocks_of(seq) > self.blocks.num_blocks:
-            raise RequestError(
-                f"request {request.request_id}: needs {self._num_blocks_of(seq)} key/value blocks and there are "
-                f"{self.blocks.num_blocks}; shorten it or give more key/value memory"
-            )
+        self.limits.check(request.prompt_token_ids, request.params, request.replay_token_ids)
         if seq.forced_tokens is None:
             eos = () if request.params.ignore_eos else self.config.eos_token_ids
             seq.stop_ids = frozenset([*eos, *request.params.stop_token_ids])
         self._live[request.request_id] = seq
-        self._waiting.append(seq)
+        self._waiting.push(seq)
 
     def abort(self, request_id: str) -> Sequence | None:
         """End a waiting or running sequence with reason "abort" and return it; None if there is none."""
@@ -124,7 +118,7 @@ class Scheduler:
         if seq is None or seq.status is SequenceStatus.FINISHED:
             return None
         if seq.status is SequenceStatus.WAITING:
-            self._waiting.remove(seq)
+            self._waiting.left()
         self.finish(seq, "abort")
         return seq
 
@@ -202,18 +196,20 @@ class Scheduler:
             rows = _add_chunk(scheduled, seq, min(budget, scored_budget) if seq.scores_prompt else budget)
             budget -= rows
             scored_budget -= rows if seq.scores_prompt else 0
-        while self._waiting and budget > 0 and len(self._running) < self.config.max_num_seqs:
-            seq = self._waiting[0]
-            if seq.num_to_compute == 0 or not (seq.generates or seq.scores_prompt):
-                self._waiting.popleft()
-                self.finish(seq, "length")
-                self._unreported.append(seq)
-                continue
-            if not self._admit(seq):
+        while budget > 0 and len(self._running) < self.config.max_num_seqs:
+            first = self._waiting.head()
+            if first is None:
                 break
-            rows = _add_chunk(scheduled, seq, min(budget, scored_budget) if seq.scores_prompt else budget)
+            if first.num_to_compute == 0 or not (first.generates or first.scores_prompt):
+                self._waiting.pop()
+                self.finish(first, "length")
+                self._unreported.append(first)
+                continue
+            if not self._admit(first):
+                break
+            rows = _add_chunk(scheduled, first, min(budget, scored_budget) if first.scores_prompt else budget)
             budget -= rows
-            scored_budget -= rows if seq.scores_prompt else 0
+            scored_budget -= rows if first.scores_prompt else 0
         if not scheduled:
             if self._waiting or self._running:
                 raise AssertionError("work is left but nothing can be scheduled")
@@ -249,7 +245,7 @@ class Scheduler:
         shared = [] if seq.scores_prompt else blocks.match_prefix(seq.token_ids)
         if not blocks.can_allocate(needed - len(shared), shared):
             return False
-        self._waiting.popleft()
+        self._waiting.pop()
         blocks.acquire(shared)
         seq.block_ids = shared + blocks.allocate(needed - len(shared))
         seq.num_registered_blocks = len(shared)

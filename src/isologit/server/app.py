@@ -13,13 +13,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from isologit import __version__
 from isologit.engine.async_engine import ClientGoneError, EngineFailedError
+from isologit.engine.request_limits import PromptTooLongError
 from isologit.errors import ModelError, RequestError
 from isologit.server import llm_serving, openai_api, tgi, tokens_api
 from isologit.server.fields import WARNING_HEADER, FieldError
 from isologit.server.gate import Gate
 from isologit.server.responses import error_response, is_openai
 from isologit.server.service import (
-    PromptTooLongError,
     QueueFullError,
     RequestTimeoutError,
     Service,

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,21 +29,6 @@ _LONG_TEXT = 4096  # characters; what is longer is made into tokens on another t
 
 class RequestTimeoutError(EngineFailedError):
     """A request took longer than the server allows."""
-
-
-class PromptTooLongError(RequestError):
-    """A prompt and its answer do not fit into a request; in the words that clients of OpenAI's API look for.
-
-    prompt_tokens, max_tokens: what was asked for. limit: what fits, in tokens.
-    """
-
-    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int) -> None:
-        self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit
-        super().__init__(
-            f"This model's maximum context length is {limit} tokens. However, you requested "
-            f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} in the completion). "
-            f"Please reduce the length of the prompt or of the completion."
-        )
 
 
 class UnknownModelError(RequestError):
@@ -119,26 +104,19 @@ class Service:
     )
 
     async def prompt_ids(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt. Raises RequestError when it is empty or not in the vocabulary."""
+        """Token ids of a prompt. Raises RequestError for an empty text."""
         ids = (
             await self.encode(prompt, add_special_tokens=add_special_tokens)
             if isinstance(prompt, str)
             else list(prompt)
         )
-        if not ids or prompt == "":
+        if prompt == "":
             raise RequestError("the prompt is empty; give at least one token")
-        self.check_ids(ids)
         return ids
-
-    def check_ids(self, ids: Sequence[int]) -> None:
-        """Raises RequestError for ids outside the vocabulary."""
-        if ids and (min(ids) < 0 or max(ids) >= self.config.vocab_size):
-            raise RequestError(f"a token id is outside 0..{self.config.vocab_size - 1}")
 
     def request(self, ids: list[int], params: SamplingParams) -> GenerationRequest:
         """A request that can run. Raises RequestError naming the limit it exceeds."""
-        if len(ids) + params.max_tokens > self.limits.max_model_len:
-            raise PromptTooLongError(len(ids), params.max_tokens, self.limits.max_model_len)
+        replace(self.engine.limits, max_model_len=self.limits.max_model_len).check(ids, params)
         return GenerationRequest(self.engine.new_id(), ids, params)
 
     def check_model(self, name: str | None) -> None:

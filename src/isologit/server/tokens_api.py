@@ -80,7 +80,7 @@ def router(service: Service) -> APIRouter:
     async def detokenize(asked: DetokenizeRequest, http: Request) -> dict[str, str]:
         service.check_model(asked.model)
         asked.check_others({}, http)
-        service.check_ids(asked.tokens)
+        service.engine.limits.check_ids(asked.tokens, "a token id", "use this model's tokenizer")
         return {"prompt": service.text_with_special_tokens(asked.tokens)}
 
     return routes
