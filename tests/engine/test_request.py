@@ -94,7 +94,7 @@ def test_a_replay_is_as_long_as_its_record_or_max_tokens(recorded: int, total: i
 
 
 @pytest.mark.parametrize(
-    ("params", "replay", "drafts_from"),
+    ("params", "replay", "argmax_from"),
     [
         (SamplingParams(max_tokens=4), None, 3),
         (SamplingParams(max_tokens=4, min_tokens=2), None, 5),
@@ -104,6 +104,6 @@ def test_a_replay_is_as_long_as_its_record_or_max_tokens(recorded: int, total: i
     ],
 )
 def test_drafts_are_allowed_only_where_the_argmax_decides(
-    params: SamplingParams, replay: list[int] | None, drafts_from: int
+    params: SamplingParams, replay: list[int] | None, argmax_from: int
 ) -> None:
-    assert Sequence(GenerationRequest("a", [5, 6, 7], params, replay_token_ids=replay)).drafts_from == drafts_from
+    assert Sequence(GenerationRequest("a", [5, 6, 7], params, replay_token_ids=replay)).argmax_from == argmax_from

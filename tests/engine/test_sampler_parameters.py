@@ -20,9 +20,8 @@ PROMPT = "Describe the fox.\n"
 
 
 def choose(output: tuple[int, ...] = (), *, prompt: tuple[int, ...] = (2,), bad: Any = (), **params: Any) -> int:
-    sampler = Sampler(
-        SamplingParams(max_tokens=9, **params), np.random.default_rng(0), stop_ids=[1], bad_words=list(map(list, bad))
-    )
+    sampler = Sampler(SamplingParams(max_tokens=9, **params), np.random.default_rng(0), stop_ids=[1])
+    sampler._bad_words = list(map(list, bad))
     return sampler.choose(ROW, [*prompt, *output], len(prompt))
 
 

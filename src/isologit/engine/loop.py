@@ -6,33 +6,18 @@ Owns what requests gather while they run. It does not know where requests come f
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
 from isologit.engine.captured_rows import CapturedRows, Finals
 from isologit.engine.output_text import OutputText
-from isologit.engine.progress import Progress
-from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams, Sequence
+from isologit.engine.progress import Gain, Progress
+from isologit.engine.request import GenerationRequest, RequestOutput, Sequence
 from isologit.engine.runner import Runner, StepResult
-from isologit.engine.sampler import Sampler, bad_word_tokens, needs_row
+from isologit.engine.sampler import Sampler
 from isologit.engine.scheduler import ScheduledSequence, Scheduler, StepPlan
 from isologit.engine.step_record import StepRecord
 from isologit.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """What a request gained in a step, entry by entry for each token; `logprobs` is empty if it asked for none.
-
-    texts: what the token made certain. shown: what may be shown since, which lacks what may begin a stop string.
-    """
-
-    request_id: str
-    token_ids: list[int]
-    texts: list[str]
-    shown: list[str]
-    logprobs: list[dict[int, float]]
 
 
 class EngineLoop:
@@ -77,13 +62,10 @@ class EngineLoop:
         seq = Sequence(request)
         seq.arrival_s = self.now() if arrival_s is None else arrival_s
         self.scheduler.add(seq)
-        text = None if self.tokenizer is None else OutputText(self.tokenizer, params)
-        self._progress[request.request_id] = Progress(seq, text, self._sampler(params, seed))
-
-    def _sampler(self, params: SamplingParams, seed: int | list[int]) -> Sampler:
-        words = [] if self.tokenizer is None else bad_word_tokens(params.bad_words, self.tokenizer)
         stop_ids = [*self.scheduler.config.eos_token_ids, *params.stop_token_ids]
-        return Sampler(params, np.random.default_rng(seed), stop_ids=stop_ids, bad_words=words)
+        sampler = Sampler(params, np.random.default_rng(seed), stop_ids=stop_ids, tokenizer=self.tokenizer)
+        text = None if self.tokenizer is None else OutputText(self.tokenizer, params)
+        self._progress[request.request_id] = Progress(seq, text, sampler)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request; its blocks come back at once. None if it is not here."""
@@ -125,6 +107,7 @@ class EngineLoop:
         finished += self._file(plan, result, scheduled, committed)
         filed = self.now()
         outputs = self._hand_out(finished)
+        drafted = [entry for entry in plan.sequences if entry.draft_token_ids]
         self.step_records.append(
             StepRecord(
                 start_s=start,
@@ -136,10 +119,8 @@ class EngineLoop:
                 num_tokens=plan.num_tokens,
                 num_logits=len(result.argmax),
                 num_seqs=len(plan.sequences),
-                num_draft_tokens=sum(len(entry.draft_token_ids) for entry in plan.sequences),
-                num_accepted_tokens=sum(
-                    max(0, entry.num_accepted - 1) for entry in plan.sequences if entry.draft_token_ids
-                ),
+                num_draft_tokens=sum(len(entry.draft_token_ids) for entry in drafted),
+                num_accepted_tokens=sum(max(0, entry.num_accepted - 1) for entry in drafted),
             )
         )
         return outputs
@@ -150,9 +131,7 @@ class EngineLoop:
         seq = entry.seq
         if entry.num_scored and result.argmax[row - entry.num_scored : row].min() < 0:
             self.scheduler.fail(seq, "the model's logits for a token of the prompt are NaN")
-        if not tokens or tokens[0] < 0 or seq.forced_tokens is not None:
-            return tokens
-        if needs_row(seq.request.params, seq.num_output_tokens):
+        if tokens and tokens[0] >= 0 and seq.needs_row:
             sampler = self._progress[seq.request.request_id].sampler
             tokens[0] = sampler.choose(result.logits(row), seq.token_ids, seq.num_prompt_tokens)
         return tokens
@@ -170,6 +149,8 @@ class EngineLoop:
                 continue
             if seq.first_token_s is None:
                 seq.first_token_s = committed_s
+            if not (seq.is_watched or self._streaming):
+                continue
             params = seq.request.params
             progress = self._progress[seq.request.request_id]
             shown: list[str] = []
@@ -181,7 +162,7 @@ class EngineLoop:
             if seq.request.capture or params.return_logits or params.logprobs is not None:
                 progress.gather(entry, result, row, raw_logits=self._raw_logits)
             if self._streaming:
-                self.gains.append(_gain(entry, progress, shown))
+                self.gains.append(progress.gain(entry, shown))
         return stopped
 
     def _hand_out(self, finished: list[Sequence]) -> list[RequestOutput]:
@@ -206,16 +187,3 @@ class EngineLoop:
             self.runner.forget(output.request_id)
             del self._progress[output.request_id]
         return outputs
-
-
-def _gain(entry: ScheduledSequence, progress: Progress, shown: list[str]) -> Gain:
-    """NOTE: the text of the last token is complete only now: the end of a request adds what was uncertain."""
-    count = entry.num_accepted
-    text = progress.text
-    return Gain(
-        entry.seq.request.request_id,
-        entry.seq.token_ids[-count:],
-        [""] * count if text is None else text.token_texts[-count:],
-        shown or [""] * count,
-        progress.logprobs[-count:],
-    )

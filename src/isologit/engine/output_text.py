@@ -52,11 +52,14 @@ class OutputText:
 
     def show(self) -> str:
         """What may be shown since the last call: what cannot be the beginning of a stop string."""
+        if self._search is None and self._end is None:
+            shown, self._not_shown = self._not_shown, ""
+            self._num_shown = self._num_characters
+            return shown
         end = self._end
         if end is None:
-            end = self._num_characters
-            if self._search is not None:
-                end = self._shown_before(self._search.num_characters - self._search.num_held)
+            assert self._search is not None
+            end = self._shown_before(self._search.num_characters - self._search.num_held)
         if end <= self._num_shown:
             return ""
         shown, self._not_shown = self._not_shown[: end - self._num_shown], self._not_shown[end - self._num_shown :]

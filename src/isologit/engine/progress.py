@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from isologit.engine.captured_rows import LAST_TOKEN, Finals
@@ -10,6 +12,20 @@ from isologit.engine.request import RequestMetrics, RequestOutput, Sequence
 from isologit.engine.runner import StepResult
 from isologit.engine.sampler import Sampler, top_logprobs
 from isologit.engine.scheduler import ScheduledSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What a request gained in a step, entry by entry for each token; `logprobs` is empty if it asked for none.
+
+    texts: what the token made certain. shown: what may be shown since, which lacks what may begin a stop string.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    texts: list[str]
+    shown: list[str]
+    logprobs: list[dict[int, float]]
 
 
 class Progress:
@@ -75,6 +91,17 @@ class Progress:
                 self.logprobs.append(top_logprobs(result.logits(row + i), token, params.logprobs, normaliser))
         if LAST_TOKEN in request.capture and seq.finish_reason is not None:
             self.finals[seq.num_output_tokens - 1] = final[row + entry.num_accepted - 1].copy()
+
+    def gain(self, entry: ScheduledSequence, shown: list[str]) -> Gain:
+        """NOTE: the text of the last token is complete only now: the end of a request adds what was uncertain."""
+        count = entry.num_accepted
+        return Gain(
+            self.seq.request.request_id,
+            self.seq.token_ids[-count:],
+            [""] * count if self.text is None else self.text.token_texts[-count:],
+            shown or [""] * count,
+            self.logprobs[-count:],
+        )
 
     def output(self, finished_s: float) -> RequestOutput:
         """The result of a finished request; its captured rows come later."""

@@ -85,7 +85,8 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     max_total_tokens: int = field(init=False)  # prompt + longest possible output
     forced_tokens: list[int] | None = field(init=False)  # output to replay
-    drafts_from: int = field(init=False)  # number of known tokens from which on drafts can be verified
+    argmax_from: int = field(init=False)  # number of known tokens from which on the next is the row's plain argmax
+    is_watched: bool = field(init=False)  # whether its tokens are looked at as they come, or its rows are kept
     stop_ids: frozenset[int] = field(init=False, default=frozenset())  # token ids that end it; set by the scheduler
     num_computed_tokens: int = field(init=False, default=0)
     num_cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache
@@ -109,19 +110,26 @@ class Sequence:
         if self.forced_tokens is not None:
             max_tokens = min(max_tokens, len(self.forced_tokens))
         self.max_total_tokens = self.num_prompt_tokens + max_tokens
+        keeps_rows = bool(request.capture) or params.return_logits or params.logprobs is not None
+        self.is_watched = bool(params.stop) or keeps_rows
         # NOTE: where the token is not the row's plain argmax (a draw, a penalty, a masked end of sequence), a draft
         # cannot be verified against the argmax.
         if self.forced_tokens is not None:
-            self.drafts_from = self.num_prompt_tokens
+            self.argmax_from = self.num_prompt_tokens
         elif params.greedy and not params.adjusts_logits:
-            self.drafts_from = self.num_prompt_tokens + params.min_tokens
+            self.argmax_from = self.num_prompt_tokens + params.min_tokens
         else:
-            self.drafts_from = self.max_total_tokens
+            self.argmax_from = self.max_total_tokens
 
     @property
     def scores_prompt(self) -> bool:
         """Whether the log-probabilities of the prompt's tokens are wanted, for which all of it must be computed."""
         return self.request.params.prompt_logprobs is not None
+
+    @property
+    def needs_row(self) -> bool:
+        """Whether the next token is chosen from its row of logits, as the row's argmax is not enough."""
+        return len(self.token_ids) < self.argmax_from
 
     @property
     def generates(self) -> bool:

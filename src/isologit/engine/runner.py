@@ -9,7 +9,6 @@ import numpy as np
 
 from isologit.backends.base import Backend
 from isologit.backends.batch import FlatBatch, StepOutput
-from isologit.engine.sampler import needs_row
 from isologit.engine.scheduler import ScheduledSequence, StepPlan
 
 
@@ -153,4 +152,4 @@ def _wants_logits(scheduled: ScheduledSequence) -> bool:
     params = seq.request.params
     if scheduled.num_scored or params.return_logits or params.logprobs is not None:
         return True
-    return seq.forced_tokens is None and needs_row(params, seq.num_output_tokens)
+    return seq.needs_row

@@ -26,11 +26,6 @@ def top_logprobs(row: np.ndarray, token_id: int, count: int, normaliser: float) 
     return wanted
 
 
-def needs_row(params: SamplingParams, num_output_tokens: int) -> bool:
-    """Whether the in-step argmax is not enough to choose the next token."""
-    return not params.greedy or params.adjusts_logits or num_output_tokens < params.min_tokens
-
-
 def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Token sequences that spell the words, as vLLM finds them: at the start of a text, and after a space.
 
@@ -50,7 +45,7 @@ class Sampler:
     """Chooses the tokens of one request. Order and meaning of the steps are those of vLLM.
 
     Bias, penalties, tokens that are out, then the argmax; or temperature, min-p, top-k, top-p and a draw from `rng`.
-    stop_ids: tokens that may not come among the first `min_tokens`. bad_words: as of `bad_word_tokens`.
+    stop_ids: tokens that may not come among the first `min_tokens`. tokenizer: reads the bad words.
     """
 
     def __init__(
@@ -59,12 +54,12 @@ class Sampler:
         rng: np.random.Generator,
         *,
         stop_ids: Sequence[int] = (),
-        bad_words: Sequence[list[int]] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self._params = params
         self._rng = rng
         self._stop_ids = stop_ids
-        self._bad_words = bad_words
+        self._bad_words = [] if tokenizer is None else bad_word_tokens(params.bad_words, tokenizer)
 
     def choose(self, row: np.ndarray, token_ids: list[int], num_prompt_tokens: int) -> int:
         """Token chosen from one float32 [vocab] row; `token_ids` are the prompt and the output so far."""

@@ -224,7 +224,7 @@ class Scheduler:
         for entry in scheduled:
             seq = entry.seq
             known = len(seq.token_ids)
-            wanted.append((seq, seq.max_total_tokens - known - 1 if known >= seq.drafts_from else 0))
+            wanted.append((seq, seq.max_total_tokens - known - 1 if known >= seq.argmax_from else 0))
         num_drafts = 0
         for entry, drafts in zip(scheduled, proposer.propose(wanted, budget), strict=True):
             if drafts:

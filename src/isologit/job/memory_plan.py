@@ -192,8 +192,8 @@ class _Engine:
         self._memories: list[Memory] = [backend.plan_memory(model, load, 1) for model in models]
         self._block_bytes = sum(memory.kv_block for memory in self._memories)
         self.weights = sum(memory.weights for memory in self._memories)
-        bytes_per_token = config.num_matmul_parameters * ITEM_BYTES[config.dtype]
-        cost = StepCost(_STEP_S, 2 * config.num_matmul_parameters / _FLOP_PER_S, bytes_per_token / _BYTES_PER_S)
+        read_s = config.num_matmul_parameters * ITEM_BYTES[config.dtype] / _BYTES_PER_S
+        cost = StepCost(_STEP_S + read_s, 2 * config.num_matmul_parameters / _FLOP_PER_S)
         chosen = plan(
             lengths,
             num_blocks=max(self._needs()) + sum(self._needs()),
