@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from pathlib import Path
@@ -393,6 +394,21 @@ def test_biases_are_computed(biased: dict[str, bool], kept: str, tmp_path: Path)
         assert np.array_equal(a.logits, b.logits)
         assert a.logits is not None
         assert np.abs(a.logits - reference_rows(reference, a)).max() < 1e-4
+
+
+def test_rope_scaling_beside_rope_parameters_counts(tmp_path: Path) -> None:
+    plain = save_model(tmp_path, **SHAPES["mha-untied-float32"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_scaling": {"type": "linear", "factor": 4.0}}))
+    scaled = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    llm = LLM(tmp_path)
+    assert llm.max_model_len == 4 * 256
+    prompt = [1, *(3 + 7 * i % 290 for i in range(300))]  # longer than the context without scaling
+    params = SamplingParams(max_tokens=4, ignore_eos=True, return_logits=True)
+    (output,) = llm.generate({"prompt_token_ids": prompt}, params)
+    assert output.logits is not None
+    assert np.abs(output.logits - reference_rows(scaled, output)).max() < 1e-3
+    assert np.abs(output.logits - reference_rows(plain, output)).max() > 0.1
 
 
 def test_tokens_without_whole_logits_are_those_of_whole_logits(model: tuple[Path, LlamaForCausalLM]) -> None:
