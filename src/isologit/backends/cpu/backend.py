@@ -188,7 +188,7 @@ class CPUBackend:
         return sum(array.nbytes for array in arrays)
 
     def step_bytes(self) -> int:
-        """Bytes of them that a step reads, if it chooses tokens by the bytes of the last product."""
+        """Bytes of them that a step reads, if it chooses tokens by the bytes of the LM head."""
         saved = self._w_head.nbytes - self._byte_head.nbytes if self._byte_head is not None else 0
         return self.weight_bytes() - saved
 
@@ -197,7 +197,7 @@ class CPUBackend:
         return dict(zip(PHASES, (self._clocks[0, :-1] * 1e-9).tolist(), strict=True))
 
     def reset_phases(self) -> None:
-        """Begin new books."""
+        """Begin to count anew."""
         self._clocks[:] = 0
 
     def allocate_kv(self, num_blocks: int) -> None:

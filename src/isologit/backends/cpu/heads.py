@@ -1,10 +1,11 @@
 """Attention of a step, in one of two ways: item by item after the projection, or head by head together with it.
 
 Attention of single tokens waits for keys and values, a projection waits for its own multiply-adds. Head by head, a
-thread does both in turns: while it projects queries, keys and values of its next head, tile by tile, each tile asks for
-keys and values that the attention of the present head will read right after it. A head belongs to one thread from its
-projection to its result, so threads do not wait for each other in between, and the head's queries, keys, values and
-result stay in a few rows that the near caches keep. That wants many rows, and heads that the threads can share evenly.
+thread does both in turns: while it projects queries, keys and values of its next head, tile by tile, each tile
+prefetches keys and values that the attention of the present head will read right after it. A head belongs to one thread
+from its projection to its result, so threads do not wait for each other in between, and the head's queries, keys,
+values and result stay in a few rows that the near caches keep. That wants many rows, and heads that the threads can
+share evenly.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def attend(
     """One thread's share of attention: keys and values into the cache, unless written before, and the result in `out`.
 
     Arguments are those of `rotate_and_cache` and `attention_tile`; tiles and items are as in `AttentionWork`. Threads
-    share the items through `counters[counter]`; each takes its next one early, because every tile asks for the memory
-    of the one that follows.
+    share the items through `counters[counter]`; each takes its next one early, because every tile prefetches what the
+    next one reads.
     """
     group = num_heads // num_kv_heads
     item = atomic_add(counters, counter, 1)
@@ -137,7 +138,7 @@ def project_and_attend(
     units = num_panels * row_tiles
     line = CACHE_LINE // flat.itemsize
     pace = -(-line * height // rows)
-    asked_by_tile = hidden * PANEL_WIDTH * pace // line
+    fetched_by_tile = hidden * PANEL_WIDTH * pace // line
     places = hidden // 2 * LINES_PER_PASS
     most_lines = min(places, MAX_CHUNKS * _LINES_PER_CHUNK)
     spent = 0
@@ -172,7 +173,7 @@ def project_and_attend(
                 began = monotonic_ns() if timed else 0
                 _streaming_tile(
                     normed, top * hidden, height, flat, panel * panel_size, PANEL_WIDTH, hidden,
-                    (following - panel) * panel_size + row_tile * asked_by_tile, pace, bias, panel * bias_step, 0,
+                    (following - panel) * panel_size + row_tile * fetched_by_tile, pace, bias, panel * bias_step, 0,
                     head_rows, upcoming + top * width + number * PANEL_WIDTH, width, chunks,
                     -(-lines * 256 // places), min(height, rows - top),
                 )  # fmt: skip

@@ -127,7 +127,7 @@ def _norm_scale(x, offset, size, eps):
 
 
 @njit(nogil=True)
-def rms_norm_tile(x, offsets, rows, gain, size, eps, out, out_offset, height, scales, scratch):
+def rms_norm_tile(x, offsets, rows, weight, size, eps, out, out_offset, height, scales, scratch):
     """Norm of the rows of `x` that begin at `offsets`, stored as one tile of `out`.
 
     scales: `rows` float32 and scratch: TILE_ROWS * VECTOR_WIDTH float32 of this thread.
@@ -140,17 +140,17 @@ def rms_norm_tile(x, offsets, rows, gain, size, eps, out, out_offset, height, sc
         for r in range(rows):
             source, target = np.uint64(offsets[r] + first), np.uint64(r * VECTOR_WIDTH)
             for i in range(np.uint64(width)):
-                scratch[target + i] = x[source + i] * scales[r] * gain[column + i]
+                scratch[target + i] = x[source + i] * scales[r] * weight[column + i]
         pack_tile(scratch, 0, VECTOR_WIDTH, rows, width, out, out_offset + first * height, height)
 
 
 @njit(nogil=True)
-def rms_norm_row(x, offset, gain, size, eps, out, out_offset):
+def rms_norm_row(x, offset, weight, size, eps, out, out_offset):
     """Norm of one row, with the same arithmetic as `rms_norm_tile`."""
     scale = _norm_scale(x, offset, size, eps)
     source, target = np.uint64(offset), np.uint64(out_offset)
     for i in range(np.uint64(size)):
-        out[target + i] = x[source + i] * scale * gain[i]
+        out[target + i] = x[source + i] * scale * weight[i]
 
 
 @njit(nogil=True)
@@ -218,10 +218,10 @@ def linear(
     flat = panels.reshape(-1)
     panel_size = in_features * PANEL_WIDTH
     panel_columns = VECTOR_WIDTH if epilogue == SWIGLU else PANEL_WIDTH
-    # NOTE: together the tiles ask for the next panel, so that the memory has all the time there is.
+    # NOTE: together the tiles prefetch the next panel, so that the memory has all the time there is.
     line = CACHE_LINE // flat.itemsize
     pace = -(-line * height // max(1, rows))
-    asked_by_tile = in_features * PANEL_WIDTH * pace // line
+    fetched_by_tile = in_features * PANEL_WIDTH * pace // line
     side_by_side = 4 if rows == 1 else 2 if rows == 2 else 1
     while True:
         panel, last = panel_portion(atomic_add(counters, counter, 1), num_panels, side_by_side)
@@ -259,7 +259,7 @@ def linear(
                 continue
             for top in range(0, rows, height):
                 n = min(height, rows - top)
-                fetch = panel_size + top // height * asked_by_tile
+                fetch = panel_size + top // height * fetched_by_tile
                 xo = top * x_features
                 if epilogue == SWIGLU:
                     _swiglu_tile(
@@ -417,7 +417,7 @@ def attention_tile(
     weighted sum of values. The reduction order of a row depends on its position alone. Scratch of this thread, for as
     many rows as there are tokens times heads: queries (value_width each), scores (scores_stride each), weights (the
     same), sums; and 8 `offsets`. This thread's next work is KV head `next_head` of the first `next_blocks` blocks of
-    `next_sequence`: its keys and values are asked into the cache meanwhile.
+    `next_sequence`: its keys and values are prefetched meanwhile.
     """
     total_rows = num_rows * group
     scale = np.float32(1.0 / math.sqrt(head_dim))
@@ -500,7 +500,7 @@ def _weighted_values(
                 place = block + column + i * PANEL_WIDTH
                 offsets[2 * i], offsets[2 * i + 1] = place, 0
                 if b < next_blocks:
-                    # NOTE: the columns together ask for the next block in the order it lies in memory.
+                    # NOTE: the columns together prefetch the next block in the order it lies in memory.
                     next_block = (tables[next_sequence, b] * num_kv_heads + next_head) * size + keys_size
                     offsets[2 * i + 1] = next_block + (column + i * PANEL_WIDTH) * depth - place
             if rows > 2 or (rows == 2 and ahead == 1):

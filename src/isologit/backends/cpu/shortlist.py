@@ -1,6 +1,6 @@
 """The largest logit of a row without computing most of its logits, and with proof that none of those is larger.
 
-Every column of the last product also exists as bytes. An integer product of bytes, four times as fast as one of
+Every column of the LM head also exists as bytes. An integer product of bytes, four times as fast as one of
 float32, gives each logit up to an error that the Cauchy-Schwarz inequality bounds: with h and w approximated by h' and
 w', |h.w - h'.w'| <= |h||w - w'| + |h - h'||w'|. Panels of columns whose upper bound reaches the largest exact logit
 found are computed exactly, by the same chain of multiply-adds as in the whole product; the others cannot hold the
@@ -31,7 +31,7 @@ _ROWS_AT_ONCE = 2048  # vocabulary entries approximated together, to bound the m
 
 @dataclass(frozen=True)
 class ByteHead:
-    """The last product's weights as bytes.
+    """The LM head's weights as bytes.
 
     weights: int32 [panels, in_features / 4, PANEL_WIDTH], four uint8 each: a weight divided by its column's scale,
     plus 128. columns: float32 [panels, 3, PANEL_WIDTH]: the scale, a bound on |w - w'| with rounding, and on |w'|.
@@ -138,7 +138,7 @@ def bound_panels(x, height, rows, weights, columns, rows_to_take, factors, tops,
     flat, column_flat = weights.reshape(-1), columns.reshape(-1)
     panel_size = depth * PANEL_WIDTH
     pace = -(-16 * height // max(1, rows))
-    asked_by_tile = depth * PANEL_WIDTH * pace // 16
+    fetched_by_tile = depth * PANEL_WIDTH * pace // 16
     while True:
         first, last = panel_portion(atomic_add(counters, counter, 1), num_panels, 1)
         if first >= num_panels:
@@ -146,9 +146,9 @@ def bound_panels(x, height, rows, weights, columns, rows_to_take, factors, tops,
         for panel in range(first, last):
             for top in range(0, rows, height):
                 bound_tile(
-                    x, top * depth, height, flat, panel * panel_size, depth, panel_size + top // height * asked_by_tile,
-                    pace, column_flat, panel * 3 * PANEL_WIDTH, rows_to_take, factors, top, tops, panel * rows + top,
-                    min(height, rows - top),
+                    x, top * depth, height, flat, panel * panel_size, depth,
+                    panel_size + top // height * fetched_by_tile, pace, column_flat, panel * 3 * PANEL_WIDTH,
+                    rows_to_take, factors, top, tops, panel * rows + top, min(height, rows - top),
                 )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def prefetch(builder: Any, pointer: Any) -> None:
-    """Ask for a cache line that will be read soon; any address is allowed."""
+    """Bring a cache line that will be read soon; any address is allowed."""
     i32, address = ir.IntType(32), ir.IntType(8).as_pointer()
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [address, i32, i32, i32]), "llvm.prefetch.p0"

@@ -33,14 +33,14 @@ from isologit.backends.cpu.simd import TILE_ROWS, VECTOR_WIDTH, atomic_add, mono
 COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, attention, output, gate-up, down
 COUNTERS_PER_PART = 4  # in `choose_rows`: whether it is ready, panels, threads that are busy with them, rows
 
-# What the step's time is booked under, in the order of `CPUBackend.phases`.
+# What the step's time is counted under, in the order of `CPUBackend.phases`.
 PHASES = ("elementwise", "qkv", "attention", "output", "gate_up", "down", "head", "argmax", "wait")
 _ELEMENTWISE, _QKV, _ATTENTION, _OUTPUT, _GATE_UP, _DOWN, _HEAD, _ARGMAX, _WAIT = range(len(PHASES))
 
 
 @njit(nogil=True)
-def _book(thread, clock, phase):
-    """Add the time since the last call to `clock[phase]`; thread 0 keeps the books, `clock[-1]` is the last call."""
+def _count(thread, clock, phase):
+    """Add the time since the last call to `clock[phase]`; thread 0 keeps the clock, `clock[-1]` is the last call."""
     if thread == 0:
         now = monotonic_ns()
         clock[phase] += now - clock[-1]
@@ -48,13 +48,13 @@ def _book(thread, clock, phase):
 
 
 @njit(nogil=True)
-def _norm_rows(thread, num_threads, source, stride, rows, gain, size, eps, out, height, places, scales, scratch):
+def _norm_rows(thread, num_threads, source, stride, rows, weight, size, eps, out, height, places, scales, scratch):
     """Norm of `rows` rows; a thread takes whole tiles."""
     for top in range(thread * height, rows, num_threads * height):
         n = min(height, rows - top)
         for r in range(n):
             places[r] = (top + r) * stride
-        rms_norm_tile(source, places, n, gain, size, eps, out, top * size, height, scales, scratch)
+        rms_norm_tile(source, places, n, weight, size, eps, out, top * size, height, scales, scratch)
 
 
 @njit(nogil=True)
@@ -108,13 +108,13 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
         # NOTE: tiles are dealt to threads in the same way above and in the norm, so no barrier is needed between.
         if layer > 0:
             barrier(counters, num_threads)
-            _book(thread, clock, _DOWN)
+            _count(thread, clock, _DOWN)
         _norm_rows(
             thread, num_threads, residual_flat, stride, rows, weights.input_norms[layer], hidden, eps,
             normed, height, offsets, sums, rows_scratch,
         )  # fmt: skip
         barrier(counters, num_threads)
-        _book(thread, clock, _ELEMENTWISE)
+        _count(thread, clock, _ELEMENTWISE)
         layer_kv = kv[layer]
         if layer == last_layer:
             tiles, items, written_first = work.last_tiles, work.last_items, work.last_written_first
@@ -136,7 +136,7 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
             )  # fmt: skip
             counter += COUNTER_STRIDE
             barrier(counters, num_threads)
-            _book(thread, clock, _QKV)
+            _count(thread, clock, _QKV)
             # NOTE: keys and values are written just before they are first read, when the cache line is there already.
             # Only tokens that other tiles look back to must be written by all before any goes on.
             if written_first.shape[0]:
@@ -151,7 +151,7 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
                             num_kv_heads, head_dim, value_width, cos, sin, layer_kv,
                         )  # fmt: skip
                 barrier(counters, num_threads)
-                _book(thread, clock, _ELEMENTWISE)
+                _count(thread, clock, _ELEMENTWISE)
             attend(
                 qkv_flat, qkv_stride, positions, slots, tiles, items, block_tables, shape.num_heads, num_kv_heads,
                 head_dim, value_width, cos, sin, layer_kv, attended_flat, heads_size, queries, scores,
@@ -159,7 +159,7 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
             )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(counters, num_threads)
-        _book(thread, clock, _ATTENTION)
+        _count(thread, clock, _ATTENTION)
         if thread == 0:
             clock[_ATTENTION] -= projecting
             clock[_QKV] += projecting
@@ -180,38 +180,38 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
                     packed, top * heads_size, height,
                 )  # fmt: skip
             barrier(counters, num_threads)
-            _book(thread, clock, _ELEMENTWISE)
+            _count(thread, clock, _ELEMENTWISE)
         linear(
             packed, height, heads_size, rows, heads_size, weights.out[layer], weights.out_bias[layer],
             shape.out_bias_step, residual_flat, stride, ADD, rows_scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(counters, num_threads)
-        _book(thread, clock, _OUTPUT)
+        _count(thread, clock, _OUTPUT)
         _norm_rows(
             thread, num_threads, residual_flat, stride, rows, weights.post_norms[layer], hidden, eps,
             normed, height, offsets, sums, rows_scratch,
         )  # fmt: skip
         barrier(counters, num_threads)
-        _book(thread, clock, _ELEMENTWISE)
+        _count(thread, clock, _ELEMENTWISE)
         linear(
             normed, height, hidden, rows, hidden, weights.gate_up[layer], weights.gate_up_bias[layer],
             shape.gate_up_bias_step, gated, gated_features, SWIGLU, rows_scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(counters, num_threads)
-        _book(thread, clock, _GATE_UP)
+        _count(thread, clock, _GATE_UP)
         linear(
             gated, height, gated_features, rows, shape.intermediate, weights.down[layer], weights.down_bias[layer],
             shape.down_bias_step, residual_flat, stride, ADD, rows_scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
     barrier(counters, num_threads)
-    _book(thread, clock, _DOWN)
+    _count(thread, clock, _DOWN)
     for r in range(thread, rows, num_threads):
         rms_norm_row(residual_flat, r * stride, weights.final_norm, hidden, eps, final_flat, r * hidden)
     barrier(counters, num_threads)
-    _book(thread, clock, _ELEMENTWISE)
+    _count(thread, clock, _ELEMENTWISE)
 
 
 @njit(nogil=True, cache=True)
@@ -251,10 +251,10 @@ def choose_rows(
                     ):
                         chosen[part_picked[r]] = NOT_PICKED
             atomic_add(shared, ready, 1)
-            _book(thread, clock, _ELEMENTWISE)
+            _count(thread, clock, _ELEMENTWISE)
         else:
             wait_until(shared, ready, 1)
-            _book(thread, clock, _WAIT)
+            _count(thread, clock, _WAIT)
         atomic_add(shared, busy, 1)
         bound_panels(
             part_words, height, rows, head.byte_weights, head.byte_columns, part_take, part_factors, part_tops, shared,
@@ -262,9 +262,9 @@ def choose_rows(
         )  # fmt: skip
         # NOTE: whoever comes here now finds no panel left, so the bounds are complete when nobody is busy.
         atomic_add(shared, busy, -1)
-        _book(thread, clock, _HEAD)
+        _count(thread, clock, _HEAD)
         wait_until(shared, busy, 0)
-        _book(thread, clock, _WAIT)
+        _count(thread, clock, _WAIT)
         r = atomic_add(shared, row, 1)
         while r < rows:
             if chosen[part_picked[r]] != NOT_PICKED:
@@ -274,9 +274,9 @@ def choose_rows(
                 )  # fmt: skip
                 atomic_add(shared, panels_computed, panels)
             r = atomic_add(shared, row, 1)
-        _book(thread, clock, _ARGMAX)
+        _count(thread, clock, _ARGMAX)
     barrier(shared, num_threads)
-    _book(thread, clock, _WAIT)
+    _count(thread, clock, _WAIT)
 
 
 @njit(nogil=True, cache=True)
@@ -285,7 +285,7 @@ def meet(thread, num_threads, sync, clock):
     if thread == 0:
         clock[-1] = monotonic_ns()
     barrier(sync, num_threads)
-    _book(thread, clock, _WAIT)
+    _count(thread, clock, _WAIT)
 
 
 @njit(nogil=True, cache=True)
@@ -300,17 +300,17 @@ def project_rows(thread, num_threads, counters, final, head_panels, vocab, scrat
     for top in range(thread * height, rows, num_threads * height):
         pack_tile(final_flat, top * hidden, hidden, min(height, rows - top), hidden, normed, top * hidden, height)
     barrier(counters, num_threads)
-    _book(thread, clock, _ELEMENTWISE)
+    _count(thread, clock, _ELEMENTWISE)
     linear(
         normed, height, hidden, rows, hidden, head_panels, scratch.rows[thread][ZEROS:], 0, logits_flat,
         logits.shape[1], STORE, scratch.rows[thread], scratch.offsets[thread], counters, COUNTER_STRIDE,
     )  # fmt: skip
     barrier(counters, num_threads)
-    _book(thread, clock, _HEAD)
+    _count(thread, clock, _HEAD)
     for i in range(thread, rows, num_threads):
         chosen[i] = argmax_row(logits_flat, i * logits.shape[1], vocab)
     barrier(counters, num_threads)
-    _book(thread, clock, _ARGMAX)
+    _count(thread, clock, _ARGMAX)
 
 
 @njit(nogil=True, cache=True)

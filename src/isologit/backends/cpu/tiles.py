@@ -35,7 +35,7 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bytes": 4}  # of a column 
 EPILOGUES = ("store", "add", "swiglu")
 
 
-LINES_PER_PASS = 4  # most lines that a pass of a tile product with a stream asks for
+LINES_PER_PASS = 4  # most lines that a pass of a tile product with a stream prefetches
 STREAM_CHUNK = 4096  # bytes
 
 
@@ -87,7 +87,7 @@ def make_tile_product(heights: tuple[int, ...], epilogue: str, *, panels: int = 
     is float32, float16 bits (int16) or bfloat16 bits (uint16), widened exactly. `rows` is one of `heights`, each of
     which has a loop of its own; for another number nothing is computed. `x` is transposed: row r's k-th value lies at
     `x_offset + k * x_step + r`, so that one pointer serves all rows of a tile. Weights from `fetch` elements behind
-    the tile's own on are asked into the cache meanwhile, `pace` further each time: with a cache line of weights as many
+    the tile's own on are prefetched meanwhile, `pace` further each time: with a cache line of weights as many
     as the tile reads, with half a line half as many. Every output element is one chain of fused multiply-adds in
     ascending k that begins with its value in `start` (rows of PANEL_WIDTH * panels; one row of zeros with stride 0
     begins anew). However many rows there are, the chain is the same: that is why a row's result does not depend on
@@ -95,9 +95,9 @@ def make_tile_product(heights: tuple[int, ...], epilogue: str, *, panels: int = 
 
     epilogue: "store" writes the sums to `out`, "add" adds them to it, "swiglu" takes the first half of a panel's
     columns as gate and the second as up and writes silu(gate) * up, VECTOR_WIDTH columns (Shazeer 2020).
-    stream: two more arguments in front of `rows`, `chunks` and `rate`: other memory is asked into the cache meanwhile,
+    stream: two more arguments in front of `rows`, `chunks` and `rate`: other memory is prefetched meanwhile,
     chunk after chunk of STREAM_CHUNK bytes, whose addresses are in `chunks` (int64), `rate` / 256 of LINES_PER_PASS
-    lines every second value of k. There must be an address more than the lines that are asked for fill.
+    lines every second value of k. There must be an address more than the prefetched lines fill.
     panels: with more than one, `w_offset` is an int64 array of two values a panel, its offset and what it adds to
     `fetch`, and the results stand side by side in `out`: short tiles need several chains in flight to hide the latency
     of the multiply-add.
@@ -201,7 +201,7 @@ def _emit_sums(
         given = [builder.load(builder.gep(w_off, [i64(i)])) for i in range(2 * panels)]
         w_offsets, fetches = given[::2], [builder.add(fetch, own) for own in given[1::2]]
     w_bases = [builder.gep(w_ptr, [offset]) for offset in w_offsets]
-    asked_bases = [builder.gep(base, [distance]) for base, distance in zip(w_bases, fetches, strict=True)]
+    prefetch_bases = [builder.gep(base, [distance]) for base, distance in zip(w_bases, fetches, strict=True)]
 
     def times(value: Any, count: int) -> Any:
         return builder.mul(value, i64(count))
@@ -219,17 +219,17 @@ def _emit_sums(
         for phi, value in zip(phis, initial, strict=True):
             phi.add_incoming(value, before)
         k, x_now, *now = phis
-        w_now, (asked, *now_sums) = now[:panels], now[panels:]
+        w_now, (ahead, *now_sums) = now[:panels], now[panels:]
         builder.cbranch(builder.icmp_signed("<", k, limit), body, done)
         builder.position_at_end(body)
         if step == unroll:
             for number in range(panels * lines_per_pass):
                 which, place = divmod(number, lines_per_pass)
-                prefetch(builder, builder.gep(asked_bases[which], [builder.add(asked, times(pace, place))]))
+                prefetch(builder, builder.gep(prefetch_bases[which], [builder.add(ahead, times(pace, place))]))
             if stream:
                 chunks, rate = stream
                 first = times(k, LINES_PER_PASS // 2)
-                _ask_stream(builder, chunks, rate, first, unroll // 2 * LINES_PER_PASS)
+                _prefetch_stream(builder, chunks, rate, first, unroll // 2 * LINES_PER_PASS)
         current = list(now_sums)
         for u in range(step):
             weights = [
@@ -246,7 +246,7 @@ def _emit_sums(
             builder.add(k, i64(step)),
             builder.gep(x_now, [times(x_step, step)]),
             *[builder.gep(base, [times(w_ld, step)]) for base in w_now],
-            builder.add(asked, times(pace, lines_per_pass)),
+            builder.add(ahead, times(pace, lines_per_pass)),
             *current,
         ]
         for phi, value in zip(phis, following, strict=True):
@@ -261,8 +261,8 @@ def _emit_sums(
     return result
 
 
-def _ask_stream(builder: Any, chunks: Any, rate: Any, first: Any, count: int) -> None:
-    """Ask for the lines that are due at the places `first` to `first` + `count` - 1 of a stream."""
+def _prefetch_stream(builder: Any, chunks: Any, rate: Any, first: Any, count: int) -> None:
+    """Prefetch the lines that are due at the places `first` to `first` + `count` - 1 of a stream."""
     i64, address = ir.IntType(64), ir.IntType(8).as_pointer()
     lines = STREAM_CHUNK // CACHE_LINE
     for place in range(count):
