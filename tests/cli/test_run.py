@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Invoke, read_jsonl, write_jsonl
 
 from isologit.common.memory import FreeMemory
+from isologit.text.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FILES = {"outputs.jsonl", "steps.jsonl", "result.json", "certificate.json", "report.html", "logits"}
@@ -228,3 +230,26 @@ def test_a_finished_run_is_certified_again(invoke: Invoke, prompts: Path, tmp_pa
     assert done.exit_code == 1
     assert json.loads(done.stdout)["verdict"] == "INVALID"
     assert invoke("certify", tmp_path).exit_code == 2
+
+
+def test_one_prompt_whose_logits_are_nan_fails_alone(
+    invoke: Invoke, model: Path, tmp_path: Path, prompts: Path
+) -> None:
+    """The embedding of one token is NaN; the prompt that holds it is the only one that fails."""
+    tensors = load_file(model / "model.safetensors")
+    lines = read_jsonl(prompts)[:4]
+    tokenizer = load_tokenizer(model)
+    assert tokenizer is not None
+    token = tokenizer.encode("&")[-1]
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    lines[2]["prompt"] = "Describe the fox &"
+    file = write_jsonl(tmp_path / "p.jsonl", *lines)
+    done = invoke("run", "--model", model, "--dataset", file, "--output", tmp_path / "out", "--baseline-requests", 0)
+    assert done.exit_code == 1, done.output
+    found = {line["id"]: line for line in read_jsonl(tmp_path / "out" / "outputs.jsonl")}
+    assert found["r2"]["finish_reason"] == "error"
+    assert "NaN" in found["r2"]["error"]
+    assert all(found[name]["finish_reason"] in ("length", "stop") for name in ("r0", "r1", "r3"))
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert "failed_requests" in certificate["reason_codes"]
