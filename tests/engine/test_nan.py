@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from isologit import LLM, GenerationRequest, RequestOutput, SamplingParams
+from isologit.engine.async_engine import AsyncEngine, EngineFailedError
 from isologit.engine.blocks import BlockPool
 from isologit.engine.request import Sequence
 from isologit.engine.scheduler import Scheduler, SchedulerConfig
@@ -113,3 +115,24 @@ def test_nan_after_a_wrong_draft_is_nobodys(llm: LLM) -> None:
         assert plan is not None
         finished = scheduler.commit(plan, [chosen])
         assert [seq.finish_reason for seq in finished] == (["error"] if error else [])
+
+
+def test_a_servers_client_is_told_and_the_others_are_answered(llm: LLM) -> None:
+    async def answers() -> tuple[str, int]:
+        engine = AsyncEngine(llm.open_loop())
+        engine.start()
+        params = SamplingParams(max_tokens=5, ignore_eos=True)
+        streams = [
+            engine.submit([GenerationRequest(engine.new_id(), ids, params)], lambda index, delta: None, whole=True)
+            for ids in ([1, POISON, 5], [1, 20, 30])
+        ]
+        with pytest.raises(EngineFailedError, match="NaN") as error:
+            await streams[0].take()
+        tokens = [token for _, delta in await streams[1].take() for token in delta.token_ids]
+        assert engine.num_unfinished == 0
+        await asyncio.to_thread(engine.stop)
+        return str(error.value), len(tokens)
+
+    message, count = asyncio.run(answers())
+    assert "output token 1" in message
+    assert count == 5
