@@ -39,7 +39,7 @@ class CapturedRows:
 
     def is_due(self, now_s: float) -> bool:
         """Whether the first one held has waited long enough."""
-        return bool(self._held) and now_s - self._since_s > LONGEST_HOLD_S
+        return bool(self._held) and now_s - self._since_s >= LONGEST_HOLD_S
 
     def take(self) -> list[RequestOutput]:
         """All requests that are held, with their rows."""
