@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from tests.server.conftest import NAME, Running
 
+from isologit import SamplingParams
+from isologit.errors import RequestError
 from isologit.server import fields, llm_serving, tgi
 from isologit.server.fields import WARNING_HEADER, Ignored, Refused
 from isologit.server.openai_fields import ChatRequest, CompletionRequest
@@ -204,6 +207,8 @@ def test_no_field_is_in_a_table_and_done() -> None:
         ("completions", {"logit_bias": {"5": "a"}}, "logit_bias"),
         ("completions", {"bad_words": ["a"] * 129}, "bad_words"),
         ("completions", {"stop": ["a"] * 129}, "stop"),
+        ("completions", {"stop": "a" * 20_000}, "stop"),
+        ("completions", {"bad_words": ["a" * 20_000]}, "bad_words"),
         ("completions", {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ("completions", {"min_p": 2}, "min_p"),
         ("completions", {"presence_penalty": -3}, "presence_penalty"),
@@ -219,6 +224,23 @@ def test_fields_that_contradict_each_other_are_refused_by_name(
     assert answer.status_code == 400
     assert name in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == name
+
+
+def test_bad_words_that_are_not_unicode_are_the_clients_mistake_and_hurt_nobody(
+    http: httpx.Client, server: Running
+) -> None:
+    content = json.dumps({**COMPLETION, "bad_words": ["\ud800"]})
+    answer = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "surrogate" in answer.json()["error"]["message"]
+    ask(http, "/v1/completions", COMPLETION)
+    server.wait_idle()
+    request = server.service.request([1, 5], SamplingParams(max_tokens=2))
+    broken = replace(request, params=replace(request.params, bad_words=("\ud800",)))
+    loop = server.llm.open_loop()
+    with pytest.raises(RequestError):
+        loop.add(broken)
+    assert not loop.has_work()
 
 
 # -- text that is scored ----------------------------------------------------------------------------------------------

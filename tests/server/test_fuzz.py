@@ -83,7 +83,11 @@ NAMES = [
     "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop", "n", "max_tokens", "max_new_tokens",
     "min_tokens", "logprobs", "top_logprobs", "stop_token_ids", "ignore_eos", "logit_bias", "stream_options", "echo",
     "do_sample", "return_full_text", "return_protocol", "details", "truncate", "top_n_tokens", "messages", "prompt",
-    "inputs", "model", "stream", "suffix", "best_of", "tools", "response_format", "max_completion_tokens",
+    "inputs", "model", "stream", "suffix", "best_of", "tools", "response_format", "max_completion_tokens", "min_p",
+    "presence_penalty", "frequency_penalty", "bad_words", "allowed_token_ids", "include_stop_str_in_output",
+    "prompt_logprobs", "truncate_prompt_tokens", "add_special_tokens", "return_token_ids", "continue_final_message",
+    "add_generation_prompt", "chat_template_kwargs", "documents", "return_tokens_as_token_ids",
+    "decoder_input_details", "unknown",
 ]  # fmt: skip
 
 

@@ -199,8 +199,24 @@ def test_lines_that_are_not_http_are_refused(narrow: Running, line: bytes) -> No
         {"prompt": PROMPT, "logit_bias": {str(i): "" for i in range(100_000)}},
         {"prompt": "a" * 3_000_000, "max_tokens": 1},
         {"prompt": [1] * 1_000_000, "max_tokens": 1},
+        {"prompt": PROMPT, "stop": ["a" * 1_000_000] * 2},
+        {"prompt": PROMPT, "bad_words": ["a"] * 1_000_000},
+        {"prompt": PROMPT, "allowed_token_ids": [-1] * 400_000},
     ],
-    ids=["prompts", "token ids", "stops", "stop ids", "messages", "parts", "biases", "long prompt", "many ids"],
+    ids=[
+        "prompts",
+        "token ids",
+        "stops",
+        "stop ids",
+        "messages",
+        "parts",
+        "biases",
+        "long prompt",
+        "many ids",
+        "long stops",
+        "bad words",
+        "allowed ids",
+    ],
 )
 def test_a_large_body_full_of_mistakes_is_refused_quickly(server: Running, wrong: dict[str, Any]) -> None:
     path = "/v1/chat/completions" if "messages" in wrong else "/v1/completions"

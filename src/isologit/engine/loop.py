@@ -61,10 +61,11 @@ class EngineLoop:
         self._num_added += 1
         seq = Sequence(request)
         seq.arrival_s = self.now() if arrival_s is None else arrival_s
-        self.scheduler.add(seq)
         stop_ids = [*self.scheduler.config.eos_token_ids, *params.stop_token_ids]
+        # NOTE: bad words may be refused; nothing is kept of a request until nothing can be
         sampler = Sampler(params, np.random.default_rng(seed), stop_ids=stop_ids, tokenizer=self.tokenizer)
         text = None if self.tokenizer is None else OutputText(self.tokenizer, params)
+        self.scheduler.add(seq)
         self._progress[request.request_id] = Progress(seq, text, sampler)
 
     def abort(self, request_id: str) -> RequestOutput | None:

@@ -6,6 +6,7 @@ Streams are ASCII: some clients also split lines at U+2028.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -47,10 +48,10 @@ def router(service: Service) -> APIRouter:
         asked.check(http, service.config.vocab_size)
         params, prompts = asked.params(), asked.prompts()
         service.check_capacity(len(prompts) * (asked.n or 1))
-        ids = [
-            await service.prompt_ids(prompt, add_special_tokens=asked.add_special_tokens is not False)
-            for prompt in prompts
-        ]
+        ids = []
+        for prompt in prompts:
+            ids.append(await service.prompt_ids(prompt, add_special_tokens=asked.add_special_tokens is not False))
+            await asyncio.sleep(0)  # thousands of prompts in a row would hold up the others
         texts = [prompt if isinstance(prompt, str) else None for prompt in prompts] if asked.echo else None
         return await _Asked(service, http, asked, CompletionStyle, texts).answer(ids, params)
 

@@ -20,10 +20,12 @@ from isologit.config import ModelConfig
 from isologit.engine.async_engine import AsyncEngine, Delta, EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.errors import IsologitError, RequestError
+from isologit.server.fields import FieldError
 from isologit.server.metrics import ServerMetrics
 from isologit.text.tokenizer import Tokenizer
 
 ALIASES = ("tgi", "dummy")  # what clients of one model send when they must send something
+_LARGEST_TEXTS = 16384  # characters of all stop strings of a request, or of all bad words
 _LONG_TEXT = 4096  # characters; what is longer is made into tokens on another thread
 
 
@@ -115,7 +117,12 @@ class Service:
         return ids
 
     def request(self, ids: list[int], params: SamplingParams) -> GenerationRequest:
-        """A request that can run. Raises RequestError naming the limit it exceeds."""
+        """A request that can run. Raises RequestError naming the limit it exceeds, or what it cannot be given."""
+        for name, texts in (("stop", params.stop), ("bad_words", params.bad_words)):
+            if sum(map(len, texts)) > _LARGEST_TEXTS:
+                raise FieldError(name, f"{name} is longer than {_LARGEST_TEXTS} characters; send fewer or shorter ones")
+        for word in params.bad_words:
+            self.tokenizer.encode_without_bos(word)  # raises for what is not Unicode
         replace(self.engine.limits, max_model_len=self.limits.max_model_len).check(ids, params)
         return GenerationRequest(self.engine.new_id(), ids, params)
 

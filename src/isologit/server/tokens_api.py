@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 from pydantic import Field
 
 from isologit.errors import RequestError
@@ -49,7 +53,7 @@ def router(service: Service) -> APIRouter:
     routes = json_router(tags=["tokens"])
 
     @routes.post("/tokenize")
-    async def tokenize(asked: TokenizeRequest, http: Request) -> Any:
+    async def tokenize(asked: TokenizeRequest, http: Request) -> Response:
         service.check_model(asked.model)
         asked.check_others(_OTHERS, http)
         given = [name for name in ("prompt", "messages", "inputs") if getattr(asked, name) is not None]
@@ -66,24 +70,33 @@ def router(service: Service) -> APIRouter:
         else:
             text = asked.prompt if asked.prompt is not None else asked.inputs or ""
             ids = await service.encode(text, add_special_tokens=asked.add_special_tokens is not False)
-        if asked.inputs is not None:
-            return _spans(service, ids)
-        names = [token_name(service.tokenizer, i) for i in ids] if asked.return_token_strs else None
-        return {
-            "count": len(ids),
-            "max_model_len": service.limits.max_model_len,
-            "tokens": ids,
-            "token_strs": names,
-        }
+        return await _beside(
+            lambda: _spans(service, ids) if asked.inputs is not None else _counted(service, asked, ids)
+        )
 
     @routes.post("/detokenize")
-    async def detokenize(asked: DetokenizeRequest, http: Request) -> dict[str, str]:
+    async def detokenize(asked: DetokenizeRequest, http: Request) -> Response:
         service.check_model(asked.model)
         asked.check_others({}, http)
         service.engine.limits.check_ids(asked.tokens, "a token id", "use this model's tokenizer")
-        return {"prompt": service.text_with_special_tokens(asked.tokens)}
+        return await _beside(lambda: {"prompt": service.text_with_special_tokens(asked.tokens)})
 
     return routes
+
+
+async def _beside(make: Callable[[], Any]) -> Response:
+    """A value made and written on another thread: a body may hold a million tokens."""
+    text = await asyncio.to_thread(lambda: json.dumps(make()))
+    return Response(text, media_type="application/json")
+
+
+def _counted(service: Service, asked: TokenizeRequest, ids: list[int]) -> dict[str, Any]:
+    return {
+        "count": len(ids),
+        "max_model_len": service.limits.max_model_len,
+        "tokens": ids,
+        "token_strs": [token_name(service.tokenizer, i) for i in ids] if asked.return_token_strs else None,
+    }
 
 
 def _spans(service: Service, ids: list[int]) -> list[dict[str, Any]]:
