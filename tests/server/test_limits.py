@@ -136,6 +136,27 @@ def test_a_client_that_asks_first_is_refused_before_it_sends(narrow: Running) ->
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
 
 
+def test_bodies_that_are_too_large_together_are_refused_until_some_are_gone(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a bound, each connection could hold one body of the largest size."""
+    monkeypatch.setattr(gate, "_MOST_BODY_BYTES", 3 * LARGEST)
+    server = start(max_body_bytes=LARGEST)
+    head = f"POST /generate HTTP/1.1\r\nhost: t\r\ncontent-length: {LARGEST}\r\n\r\n".encode()
+    data = padded(SPOKEN[1], LARGEST // 2)
+    url, headers = server.url + SPOKEN[1].whole_path, {"content-type": "application/json"}
+    with connected(server) as first, connected(server) as second, connected(server) as third:
+        for connection in (first, second, third):
+            connection.sendall(head + b"x" * (LARGEST - 1))
+        until(lambda: httpx.post(url, content=data, headers=headers, timeout=60).status_code == 503)
+        refused = httpx.post(url, content=data, headers=headers, timeout=60)
+        assert int(refused.headers["retry-after"]) > 0
+        assert "try again later" in reason(refused)
+    until(lambda: httpx.post(url, content=data, headers=headers, timeout=60).status_code == 200)
+    for _ in range(10):  # what was answered is given back
+        assert httpx.post(url, content=data, headers=headers, timeout=60).status_code == 200
+
+
 def test_a_body_that_does_not_come_is_given_up(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "_LONGEST_BODY_S", 0.3)
     with connected(narrow) as connection:

@@ -59,11 +59,10 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
 
     _handle_errors(app)
     app.add_middleware(Gate, service=service)
-    origins = service.allowed_origins if service is not None else ()
-    if origins:  # NOTE: outside of the gate, as a browser asks for leave without the key
+    if service.allowed_origins:  # NOTE: outside of the gate, as a browser asks for leave without the key
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=origins,
+            allow_origins=service.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=[WARNING_HEADER],

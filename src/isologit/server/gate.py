@@ -20,10 +20,15 @@ from isologit.server.service import Service
 
 _OPEN_PATHS = frozenset({"/health", "/ping"})  # no key is needed to see whether the server lives
 _LONGEST_BODY_S = 30.0
+_MOST_BODY_BYTES = 128 << 20  # of all requests that are read or answered; two of the largest fit at least
 
 
 class _DisconnectedError(Exception):
     """The client left while it was sending."""
+
+
+class _CrowdedError(Exception):
+    """The bodies of all requests together are too large."""
 
 
 class Gate:
@@ -32,6 +37,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
+        self._bodies = _Bodies(max(_MOST_BODY_BYTES, 2 * service.limits.max_body_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application."""
@@ -39,6 +45,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         started = False
+        share = _Share(self._bodies)
 
         async def counting(message: Message) -> None:
             nonlocal started
@@ -50,7 +57,7 @@ class Gate:
             await send(message)
 
         try:
-            await self._pass(scope, receive, counting)
+            await self._pass(scope, receive, counting, share)
         except _DisconnectedError:
             return
         except Exception as error:
@@ -58,15 +65,19 @@ class Gate:
             if not started:
                 answer = error_response(scope["path"], 500, f"internal error ({type(error).__name__})")
                 await answer(scope, receive, counting)
+        finally:
+            share.give_back()
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, share: _Share) -> None:
         path, headers = scope["path"], Headers(scope=scope)
         refusal = self._refusal(scope["method"], path, headers)
         body: bytes | None = b""
         if refusal is None:
             try:
                 async with asyncio.timeout(_LONGEST_BODY_S):
-                    body = await _read(receive, self._service.limits.max_body_bytes)
+                    body = await _read(receive, self._service.limits.max_body_bytes, share)
+            except _CrowdedError:
+                refusal = 503, "the server holds as many and as large requests as it can; try again later"
             except TimeoutError:
                 refusal = 408, f"the body did not arrive within {_LONGEST_BODY_S:g} s"
         if body is None:
@@ -113,7 +124,42 @@ class Gate:
         return 413, f"the body is larger than the limit of {limit} bytes; send less at once"
 
 
-async def _read(receive: Receive, limit: int) -> bytes | None:
+class _Bodies:
+    """The bytes of all bodies that are read or answered, which must not become too many together."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._num_bytes = 0
+
+    def take(self, count: int) -> None:
+        """Raises _CrowdedError when it is too much; what was taken stays taken until it is given back."""
+        self._num_bytes += count
+        if self._num_bytes > self._most:
+            raise _CrowdedError
+
+    def give_back(self, count: int) -> None:
+        """A request is over."""
+        self._num_bytes -= count
+
+
+class _Share:
+    """What one request has taken of them."""
+
+    def __init__(self, bodies: _Bodies) -> None:
+        self._bodies = bodies
+        self._num_bytes = 0
+
+    def take(self, count: int) -> None:
+        """As `_Bodies.take`."""
+        self._num_bytes += count
+        self._bodies.take(count)
+
+    def give_back(self) -> None:
+        """The request is over."""
+        self._bodies.give_back(self._num_bytes)
+
+
+async def _read(receive: Receive, limit: int, share: _Share) -> bytes | None:
     """The body, or None when it is longer than `limit` bytes."""
     parts: list[bytes] = []
     size, more = 0, True
@@ -123,6 +169,7 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
             raise _DisconnectedError
         parts.append(message.get("body", b""))
         size += len(parts[-1])
+        share.take(len(parts[-1]))
         if size > limit:
             return None
         more = message.get("more_body", False)
