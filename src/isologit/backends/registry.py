@@ -13,6 +13,7 @@ AUTO = "auto"
 
 # Name -> where its class is, imported when it is asked for. "auto" takes the first that can run.
 BACKENDS = {
+    "cuda": "isologit.backends.cuda.backend:CUDABackend",
     "cpu": "isologit.backends.cpu.backend:CPUBackend",
     "torch": "isologit.backends.torch.backend:TorchBackend",
 }

@@ -104,9 +104,11 @@ def config_hash(config: ModelConfig) -> str:
     return hashlib.sha256(json.dumps(config.to_hf_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def load_reference(checkpoint: Checkpoint, how: Literal["whole", "streamed"]) -> ScoringReference:
+def load_reference(checkpoint: Checkpoint, how: Literal["whole", "streamed"], device: str = "cpu") -> ScoringReference:
     """Hugging Face's model of the checkpoint; torch's threads are the caller's. Raises ModelError."""
-    return Reference(checkpoint) if how == "whole" else StreamedReference(checkpoint)
+    if how == "whole":
+        return Reference(checkpoint, device=device)
+    return StreamedReference(checkpoint, device=device)
 
 
 def make_certificate(

@@ -164,7 +164,7 @@ class _Job:
         with self._timed("baseline_s", "timing the baseline"):
             loaded, baseline, no_baseline = self._baseline(memory, prepared, journal, engine, state)
         with self._timed("certificate_s", "checking against the reference"):
-            reference = loaded or load_reference(engine.checkpoint, memory.reference)
+            reference = loaded or load_reference(engine.checkpoint, memory.reference, engine_facts["device"])
             with torch_threads(_scoring_threads(reference, journal, engine.num_threads)):
                 certificate = make_certificate(
                     prepared,
@@ -241,13 +241,14 @@ class _Job:
                 budget_s=options.baseline_seconds,
                 main_inference_s=inference_seconds(state.segments),
             )
+        device = engine.describe()["device"]
         engine.close()
         gc.collect()
         if timed is None:
             slow = memory.baseline_dtype is not None and bool(completed)
             why = f"no baseline was timed: one request alone would take longer than {options.baseline_seconds:g} s"
             return None, None, why if slow else memory.no_baseline
-        model = Reference(engine.checkpoint, dtype=dtype)
+        model = Reference(engine.checkpoint, device=device, dtype=dtype)
         baseline = measure_baseline(
             timed,
             tokens,

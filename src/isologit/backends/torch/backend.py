@@ -34,6 +34,7 @@ class TorchBackend:
     """LLaMA in eager torch, float32 throughout. Its products are the library's, whose rounding depends on the batch."""
 
     name: ClassVar[str] = "torch"
+    block_size = _BLOCK_SIZE
 
     @classmethod
     def why_not(cls, device: str) -> str | None:
@@ -57,7 +58,6 @@ class TorchBackend:
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.config: ModelConfig = checkpoint.config
-        self.block_size = _BLOCK_SIZE
         self.device = choose_device(options.device)
         self._num_threads = options.num_threads
         self._model = Llama(self.config, checkpoint.tensors, self.device)
