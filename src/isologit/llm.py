@@ -226,8 +226,10 @@ class LLM:
         num_blocks = run_blocks(needs, chosen.max_num_seqs, self.max_kv_blocks)
         return self._loop_of(chosen.max_num_seqs, chosen.max_num_batched_tokens, num_blocks, zero_s)
 
-    def open_loop(self) -> EngineLoop:
+    def open_loop(self, *, keep_hidden: bool = False) -> EngineLoop:
         """An engine loop for requests that are not known yet, as a server has them.
+
+        keep_hidden: gains hold what the LM head read for each token.
 
         `max_num_seqs` and `max_num_batched_tokens` are those of the constructor, else 128 and 512. The loop uses this
         object's memory, so nothing else may run meanwhile.
@@ -237,9 +239,18 @@ class LLM:
         rows = options.max_num_batched_tokens or max(slots, _OPEN_ROWS)
         blocks_each = -(-self.max_model_len // self._model.block_size)
         num_blocks = min(self.max_kv_blocks, slots * blocks_each)
-        return self._loop_of(slots, rows, num_blocks, time.perf_counter(), streaming=True)
+        return self._loop_of(slots, rows, num_blocks, time.perf_counter(), streaming=True, keep_hidden=keep_hidden)
 
-    def _loop_of(self, slots: int, rows: int, num_blocks: int, zero_s: float, *, streaming: bool = False) -> EngineLoop:
+    def _loop_of(
+        self,
+        slots: int,
+        rows: int,
+        num_blocks: int,
+        zero_s: float,
+        *,
+        streaming: bool = False,
+        keep_hidden: bool = False,
+    ) -> EngineLoop:
         self._make_room(num_blocks, rows)
         options = self.options
         pool = BlockPool(num_blocks, self._model.block_size, enable_prefix_caching=options.enable_prefix_caching)
@@ -260,6 +271,7 @@ class LLM:
             zero_s=zero_s,
             raw_logits=options.logprobs_mode == "raw_logits",
             streaming=streaming,
+            keep_hidden=keep_hidden,
         )
 
     def _make_room(self, num_blocks: int, rows: int) -> None:

@@ -104,6 +104,9 @@ def serve_command(
     weight_cache: Annotated[
         bool, _option(_ENGINE, show_default=False, help="Keep packed weights of large models on disk (on).")
     ] = _ENGINE_DEFAULTS.weight_cache,
+    commit: Annotated[
+        bool, _option(_ENGINE, "--commit", help="Commit to every streamed token, for isologit judge.")
+    ] = _DEFAULTS.commit,
     strict_contest: Annotated[
         bool,
         _option(_ENGINE, "--strict-contest", help="Copy the quirks of the contest's server that clients can see."),
@@ -152,6 +155,7 @@ def serve_command(
                 max_body_bytes=max_body_bytes,
                 request_timeout_s=request_timeout,
                 strict_contest=strict_contest,
+                commit=commit,
             ),
             starting=lambda: display(quiet=False),
         )

@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+import numpy as np
+
 from isologit.common.logs import log_error
 from isologit.engine.loop import EngineLoop
 from isologit.engine.request import GenerationRequest, RequestOutput
@@ -39,7 +41,7 @@ class Delta:
     texts: what each token made certain, often nothing; all of a request's, joined, are its text with what a stop string
     cuts off. shown: what may be shown since each token, held back while it may begin a stop string; all of a request's,
     joined, are `output.text`. logprobs: empty if none were asked for. at_s: end of the step on the clock
-    `time.perf_counter`.
+    `time.perf_counter`. hidden: as in `Gain`.
     """
 
     token_ids: Sequence[int]
@@ -48,6 +50,7 @@ class Delta:
     logprobs: Sequence[dict[int, float]]
     output: RequestOutput | None
     at_s: float
+    hidden: np.ndarray | None = None
 
 
 class Stream:
@@ -258,7 +261,15 @@ class AsyncEngine:
         deltas = [
             (
                 gain.request_id,
-                Delta(gain.token_ids, gain.texts, gain.shown, gain.logprobs, over.pop(gain.request_id, None), now),
+                Delta(
+                    gain.token_ids,
+                    gain.texts,
+                    gain.shown,
+                    gain.logprobs,
+                    over.pop(gain.request_id, None),
+                    now,
+                    gain.hidden,
+                ),
             )
             for gain in self.engine.gains
         ]

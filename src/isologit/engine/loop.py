@@ -36,6 +36,7 @@ class EngineLoop:
         zero_s: float,
         raw_logits: bool = False,
         streaming: bool = False,
+        keep_hidden: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -45,6 +46,7 @@ class EngineLoop:
         self._seed = seed
         self._raw_logits = raw_logits
         self._streaming = streaming
+        self._keep_hidden = keep_hidden
         self._zero_s = zero_s
         self._num_added = 0
         self._captured = CapturedRows(runner.backend.project)
@@ -163,7 +165,10 @@ class EngineLoop:
             if seq.request.capture or params.return_logits or params.logprobs is not None:
                 progress.gather(entry, result, row, raw_logits=self._raw_logits)
             if self._streaming:
-                self.gains.append(progress.gain(entry, shown))
+                hidden = None
+                if self._keep_hidden:
+                    hidden = result.output.final[row : row + entry.num_accepted].copy()
+                self.gains.append(progress.gain(entry, shown, hidden))
         return stopped
 
     def _hand_out(self, finished: list[Sequence]) -> list[RequestOutput]:

@@ -19,6 +19,7 @@ class Gain:
     """What a request gained in a step, entry by entry for each token; `logprobs` is empty if it asked for none.
 
     texts: what the token made certain. shown: what may be shown since, which lacks what may begin a stop string.
+    hidden: float32 [n, hidden], what the LM head read for each; None where the loop was not asked to keep it.
     """
 
     request_id: str
@@ -26,6 +27,7 @@ class Gain:
     texts: list[str]
     shown: list[str]
     logprobs: list[dict[int, float]]
+    hidden: np.ndarray | None = None
 
 
 class Progress:
@@ -92,7 +94,7 @@ class Progress:
         if LAST_TOKEN in request.capture and seq.finish_reason is not None:
             self.finals[seq.num_output_tokens - 1] = final[row + entry.num_accepted - 1].copy()
 
-    def gain(self, entry: ScheduledSequence, shown: list[str]) -> Gain:
+    def gain(self, entry: ScheduledSequence, shown: list[str], hidden: np.ndarray | None) -> Gain:
         """NOTE: the text of the last token is complete only now: the end of a request adds what was uncertain."""
         count = entry.num_accepted
         return Gain(
@@ -101,6 +103,7 @@ class Progress:
             [""] * count if self.text is None else self.text.token_texts[-count:],
             shown or [""] * count,
             self.logprobs[-count:],
+            hidden,
         )
 
     def output(self, finished_s: float) -> RequestOutput:

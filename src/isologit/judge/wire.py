@@ -106,7 +106,7 @@ def _read_contest(value: Any, answer: Answer) -> int:
         answer.ended = True
         return 0
     token = inner["tokens"]
-    return _add_tokens(value, [_count(token["id"])], answer)
+    return _add_tokens(inner, [_count(token["id"])], answer)
 
 
 def _tgi_body(model: str, prompt: str, max_tokens: int, logprobs: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from isologit import __version__
 from isologit.engine.async_engine import ClientGoneError, EngineFailedError
 from isologit.engine.request_limits import PromptTooLongError
 from isologit.errors import ModelError, RequestError
-from isologit.server import llm_serving, openai_api, tgi, tokens_api
+from isologit.server import commitments, llm_serving, openai_api, tgi, tokens_api
 from isologit.server.fields import WARNING_HEADER, FieldError
 from isologit.server.gate import Gate
 from isologit.server.responses import error_response, is_openai
@@ -43,6 +43,8 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
     app = FastAPI(title="isologit", version=__version__, lifespan=lifespan)
     for dialect in (llm_serving, openai_api, tgi, tokens_api):
         app.include_router(dialect.router(service))
+    if service is not None and service.commitments is not None:
+        app.include_router(commitments.router(service.commitments))
 
     @app.get("/ping", tags=["health"], operation_id="ping")
     @app.post("/ping", tags=["health"], operation_id="post_ping")

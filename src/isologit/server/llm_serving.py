@@ -19,6 +19,7 @@ from isologit import __version__
 from isologit.engine.async_engine import EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.server.bodies import json_router
+from isologit.server.commitments import REQUEST_ID_HEADER
 from isologit.server.fields import CONTEST, Body, Ignored, ListOf
 from isologit.server.responses import StreamedAnswer
 from isologit.server.service import Answer, RequestTimeoutError, Service, Token
@@ -207,7 +208,7 @@ async def _streamed(service: Service, model: str, body: ClientRequest, http: Req
     request = await _request(service, model, body, http)
     if isinstance(request, tuple):
         return Response(line(_answer(*request, [], 0)), media_type=_EVENT_STREAM)
-    answer = service.answer([request])
+    answer = service.answer([request], client_id=http.headers.get(REQUEST_ID_HEADER))
     full = asked.return_full_text is not False
     lines = _lines(answer, request, line, full=full, strict=service.strict_contest)
     return StreamedAnswer(answer, lines)
@@ -225,9 +226,11 @@ async def _lines(
                 new = _without_last_text(new)
             tokens += new
             lines = []
-            for token in new:
+            for place, token in enumerate(new):
                 shown = _token(token)
                 inner = {"details": None, "generated_text": token.shown, "tokens": shown, "top_tokens": [shown]}
+                if piece.commit is not None:
+                    inner["commit"] = [piece.commit[place]]
                 lines.append(line(inner))
             if piece.output is not None and full:
                 text = "".join(token.shown for token in tokens)

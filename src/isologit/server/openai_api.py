@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from isologit.engine.async_engine import EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.server.bodies import json_router
+from isologit.server.commitments import REQUEST_ID_HEADER
 from isologit.server.openai_answers import ChatStyle, CompletionStyle, Style
 from isologit.server.openai_fields import ChatRequest, CommonRequest, CompletionRequest, StreamOptions
 from isologit.server.responses import StreamedAnswer
@@ -115,7 +116,7 @@ class _Asked:
             "model": asked.model or service.names[0],
         }
         if asked.stream:
-            answer = service.answer(requests)
+            answer = service.answer(requests, client_id=self.http.headers.get(REQUEST_ID_HEADER))
             return StreamedAnswer(answer, self._events(answer, requests, head, style))
         found = await service.collect(self.http.receive, requests)
         choices = [
@@ -175,8 +176,10 @@ class _Asked:
         offsets = [0] * len(requests)
         begun = [False] * len(requests)
 
-        def event(index: int, choice: dict[str, Any], ids: Sequence[int], reason: str | None, stop: Any) -> str:
-            value: dict[str, Any] = {**head}
+        def event(
+            index: int, choice: dict[str, Any], ids: Sequence[int], reason: str | None, stop: Any, commit: Any = None
+        ) -> str:
+            value: dict[str, Any] = {**head} if commit is None else {**head, "commit": commit}
             shown = {"index": index, **choice, "finish_reason": reason, "stop_reason": stop}
             if self.asked.return_token_ids:
                 shown["token_ids"] = list(ids)
@@ -202,9 +205,11 @@ class _Asked:
                     text, output = piece.text, piece.output
                     ids = [token.id for token in piece.tokens]
                     output_tokens += len(ids)
-                    if text or output is not None or style.logprobs is not None or self.asked.return_token_ids:
+                    is_shown = text or output is not None or piece.commit is not None
+                    if is_shown or style.logprobs is not None or self.asked.return_token_ids:
                         reason, stop = (None, None) if output is None else (output.finish_reason, output.stop_reason)
-                        events.append(event(index, style.part(text, piece.tokens, offsets[index]), ids, reason, stop))
+                        choice = style.part(text, piece.tokens, offsets[index])
+                        events.append(event(index, choice, ids, reason, stop, piece.commit))
                     offsets[index] += sum(len(token.text) for token in piece.tokens)
                 if events:
                     yield "".join(events)

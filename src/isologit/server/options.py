@@ -17,7 +17,7 @@ class ServerOptions:
 
     port: 0 takes any free one. allowed_origins: of pages that may call from a browser, "*" for all. plain_user_content:
     text of a conversation never becomes control tokens. max_model_len: prompt and answer of a request in tokens; None
-    is the model's context.
+    is the model's context. commit: streams carry commitments for a judge.
     """
 
     engine: EngineOptions = EngineOptions()  # noqa: RUF009 - frozen
@@ -32,6 +32,7 @@ class ServerOptions:
     max_body_bytes: int = 4 << 20
     request_timeout_s: float | None = None
     strict_contest: bool = False
+    commit: bool = False
 
     def __post_init__(self) -> None:
         for option, value in (("--max-queue", self.max_queue), ("--max-body-bytes", self.max_body_bytes)):

@@ -20,6 +20,7 @@ from isologit.engine.async_engine import AsyncEngine
 from isologit.errors import ConfigError, ModelError
 from isologit.llm import LLM
 from isologit.server.app import create_app
+from isologit.server.commitments import Commitments
 from isologit.server.connections import LONGEST_STALL_S, Connection, close_stalled
 from isologit.server.metrics import ServerMetrics
 from isologit.server.options import ServerOptions
@@ -47,7 +48,7 @@ def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
             f"--max-model-len (in a contest YAML seq_length and max_generate_length) must be at most the model's "
             f"context of {llm.max_model_len}, not {length}"
         )
-    engine = AsyncEngine(llm.open_loop())
+    engine = AsyncEngine(llm.open_loop(keep_hidden=options.commit))
     blocks = engine.engine.scheduler.blocks
     length = min(length, blocks.num_blocks * blocks.block_size + 1)  # the last token needs no room
     return Service(
@@ -60,6 +61,7 @@ def make_service(llm: LLM, options: ServerOptions, name: str) -> Service:
         strict_contest=options.strict_contest,
         api_key=options.api_key,
         plain_user_content=options.plain_user_content,
+        commitments=Commitments(llm.config.hidden_size) if options.commit else None,
         allowed_origins=options.allowed_origins,
     )
 

@@ -20,6 +20,7 @@ from isologit.config import ModelConfig
 from isologit.engine.async_engine import AsyncEngine, Delta, EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.errors import IsologitError, RequestError
+from isologit.server.commitments import Commitments
 from isologit.server.fields import FieldError
 from isologit.server.metrics import ServerMetrics
 from isologit.text.tokenizer import Tokenizer
@@ -70,10 +71,11 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step brought a request; `output` comes with the last."""
+    """What one step brought a request; `output` comes with the last. commit: of each token, in a judge's round."""
 
     tokens: Sequence[Token]
     output: RequestOutput | None = None
+    commit: Sequence[dict[str, str]] | None = None
 
     @property
     def text(self) -> str:
@@ -98,6 +100,7 @@ class Service:
     strict_contest: bool = False
     api_key: str | None = None
     plain_user_content: bool = False
+    commitments: Commitments | None = None
     allowed_origins: Sequence[str] = ()
     draining: bool = field(default=False)
     _num_rendering: int = field(default=0, init=False)
@@ -187,13 +190,17 @@ class Service:
                 text = tokenizer.decode(group)
         return text
 
-    def answer(self, requests: Sequence[GenerationRequest], *, whole: bool = False) -> Answer:
+    def answer(
+        self, requests: Sequence[GenerationRequest], *, whole: bool = False, client_id: str | None = None
+    ) -> Answer:
         """Begin to answer; must be closed. whole: the answer is wanted at once, not as it grows.
+
+        client_id: what the client calls the request, which commitments are made for.
 
         Raises as `check_capacity`.
         """
         self.check_capacity(len(requests))
-        return Answer(self, requests, whole=whole)
+        return Answer(self, requests, whole=whole, client_id=client_id)
 
     async def collect(
         self, receive: Receive, requests: Sequence[GenerationRequest]
@@ -217,7 +224,13 @@ class Service:
 class Answer:
     """Requests that are being answered together: their text as it grows, and their end."""
 
-    def __init__(self, service: Service, requests: Sequence[GenerationRequest], *, whole: bool) -> None:
+    def __init__(
+        self, service: Service, requests: Sequence[GenerationRequest], *, whole: bool, client_id: str | None = None
+    ) -> None:
+        self._commitments = service.commitments if client_id is not None else None
+        names = [client_id] if len(requests) == 1 else [f"{client_id}-{index}" for index in range(len(requests))]
+        self._names = [name or "" for name in names]
+        self._committed = [0] * len(requests)
         self._watches = [service.metrics.watch(len(request.prompt_token_ids)) for request in requests]
         self._stream = service.engine.submit(
             requests, lambda index, delta: self._watches[index].observe(delta), whole=whole
@@ -237,9 +250,21 @@ class Answer:
         while taken := await self._stream.take():
             pieces: dict[int, Piece] = {}
             for index, delta in taken:
-                piece, before = _piece(delta), pieces.get(index)
-                pieces[index] = piece if before is None else Piece([*before.tokens, *piece.tokens], piece.output)
+                piece, before = self._piece(index, delta), pieces.get(index)
+                if before is not None:
+                    commit = None if before.commit is None else [*before.commit, *(piece.commit or ())]
+                    piece = Piece([*before.tokens, *piece.tokens], piece.output, commit)
+                pieces[index] = piece
             yield list(pieces.items())
+
+    def _piece(self, index: int, delta: Delta) -> Piece:
+        logprobs: Sequence[dict[int, float] | None] = delta.logprobs or [None] * len(delta.token_ids)
+        parts = zip(delta.token_ids, delta.texts, delta.shown, logprobs, strict=True)
+        commit = None
+        if self._commitments is not None and delta.hidden is not None:
+            commit = self._commitments.commit(self._names[index], self._committed[index], delta.hidden)
+            self._committed[index] += len(delta.token_ids)
+        return Piece([Token(*part) for part in parts], delta.output, commit)
 
     def close(self) -> None:
         """Cancel what is not over yet."""
@@ -259,12 +284,6 @@ class Answer:
         finally:
             gone.cancel()
             self.close()
-
-
-def _piece(delta: Delta) -> Piece:
-    logprobs: Sequence[dict[int, float] | None] = delta.logprobs or [None] * len(delta.token_ids)
-    parts = zip(delta.token_ids, delta.texts, delta.shown, logprobs, strict=True)
-    return Piece([Token(*part) for part in parts], delta.output)
 
 
 async def _disconnect(receive: Receive) -> None:

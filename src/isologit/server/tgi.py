@@ -18,6 +18,7 @@ from isologit import __version__
 from isologit.engine.async_engine import EngineFailedError
 from isologit.engine.request import GenerationRequest, RequestOutput, SamplingParams
 from isologit.server.bodies import json_router
+from isologit.server.commitments import REQUEST_ID_HEADER
 from isologit.server.fields import TGI, Body, FieldError, Ignored
 from isologit.server.responses import StreamedAnswer
 from isologit.server.service import Answer, Service, Token
@@ -101,7 +102,7 @@ def router(service: Service) -> APIRouter:
         if body.asked.decoder_input_details:
             raise FieldError("decoder_input_details", "decoder_input_details are not streamed; leave them out")
         request = await _request(service, body, http, shows_logprobs=True)
-        answer = service.answer([request])
+        answer = service.answer([request], client_id=http.headers.get(REQUEST_ID_HEADER))
         return StreamedAnswer(answer, _events(service, answer, request, body))
 
     @routes.post("/generate")
@@ -210,13 +211,15 @@ async def _events(
     try:
         async for [(_, piece)] in answer.steps():
             events = []
-            for token, output in _with_output(piece.tokens, piece.output):
+            for place, (token, output) in enumerate(_with_output(piece.tokens, piece.output)):
                 number += 1
                 text += token.text
                 event: dict[str, Any] = {"index": number, "token": _token(service, token)}
                 if count:
                     event["top_tokens"] = _top_tokens(service, token, count)
                 event |= {"generated_text": None, "details": None}
+                if piece.commit is not None:
+                    event["commit"] = [piece.commit[place]]
                 if output is not None:
                     event["generated_text"] = body.echoed + text
                     if body.asked.details:
