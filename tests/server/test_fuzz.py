@@ -58,7 +58,7 @@ def fuzzed() -> Iterator[tuple[Running, _Errors]]:
 
 
 schema = schemathesis.openapi.from_dict(
-    create_app(cast(Service, SimpleNamespace(allowed_origins=()))).openapi()
+    create_app(cast(Service, SimpleNamespace(allowed_origins=(), commitments=None))).openapi()
 )  # all dialects; nothing is served
 
 
