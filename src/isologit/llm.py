@@ -68,7 +68,12 @@ class LLM:
         self.num_threads = options.num_threads or len(os.sched_getaffinity(0))
         self.max_model_len = self.config.context_length
         self._load_options = LoadOptions(
-            self.max_model_len, self.num_threads, options.device, options.weight_cache, on_load_progress
+            self.max_model_len,
+            self.num_threads,
+            device=options.device,
+            weight_cache=options.weight_cache,
+            kv_cache_memory_bytes=options.kv_cache_memory_bytes,
+            on_progress=on_load_progress,
         )
         self._model = self._load(self.checkpoint)
         self._draft = self._load_draft()

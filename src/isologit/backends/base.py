@@ -23,13 +23,15 @@ class LoadOptions:
 
     max_model_len: most prompt and output tokens of one sequence. device: as in torch ("cpu", "cuda", "cuda:1", ...);
     "auto" leaves it to the backend. num_threads: of the host. weight_cache: whether weights may be kept on disk in the
-    form that the backend needs. on_progress: is told how far loading is.
+    form that the backend needs. kv_cache_memory_bytes: bound of keys and values, if one was given; without, a backend
+    may take half of the memory that is free. on_progress: is told how far loading is.
     """
 
     max_model_len: int
     num_threads: int
     device: str = "auto"
     weight_cache: bool = True
+    kv_cache_memory_bytes: int | None = None
     on_progress: OnLoadProgress | None = None
 
 

@@ -122,6 +122,7 @@ class CUDABackend:
         # NOTE: Triton's interpreter rounds to FP8 wrongly where a mantissa carries, so it keeps float16 there.
         self._low_dtype = torch.float16 if self._interpret else torch.float8_e4m3fn
         self._max_model_len = options.max_model_len
+        self._kv_bounded = options.kv_cache_memory_bytes is not None
         self._model = Llama(self.config, checkpoint.tensors, self.device, options.max_model_len)
         self._tile_tokens = tile_tokens(self.config)
         self._copied: Any = None if self._interpret else torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -135,8 +136,8 @@ class CUDABackend:
     def allocate_kv(self, num_blocks: int) -> None:
         """Memory for the keys and values of so many blocks, and of one more for rows that pad a step.
 
-        The first blocks asked for bring half of the free memory with them: graphs hold its address, so a larger demand
-        would capture all of them anew.
+        Without a bound the first blocks asked for bring half of the free memory with them: graphs hold its address, so
+        a larger demand would capture all of them anew.
         """
         from isologit.backends.cuda.model import KVCache
 
@@ -145,7 +146,7 @@ class CUDABackend:
         c = self.config
         self._graphs.clear()
         self._cache = None  # the old memory goes before the new comes
-        if num_blocks and not self._interpret:
+        if num_blocks and not self._interpret and not self._kv_bounded:
             num_blocks = max(num_blocks, self.free_memory() // 2 // kv_block_bytes(c))
         shape = (c.num_hidden_layers, num_blocks + 1, 2, c.num_key_value_heads, BLOCK_SIZE, c.head_dim)
         high = torch.empty(shape, dtype=torch.float16, device=self.device)
