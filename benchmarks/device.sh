@@ -54,7 +54,7 @@ fi
 {
     { nvidia-smi || true; "$python" -c 'import platform, torch; print(platform.platform(), torch.__version__)'; } \
         > "$out/environment.txt" 2>&1
-    stage conformance 80 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/backends/cuda/test_kernels.py \
+    stage conformance 80 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/backends/cuda/test_triton_kernels.py \
         tests/backends/conformance -k "$chosen" --durations=5 > "$out/conformance.txt"
     tail -3 "$out/conformance.txt"
     if command -v compute-sanitizer > /dev/null; then # bad addresses that happen to be mapped show in nothing else

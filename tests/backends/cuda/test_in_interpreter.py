@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
     [
         ("tests/ops/test_providers.py", "cuda", 8),
         ("tests/backends/conformance/test_steps.py", f"cuda and gqa and ({_STEPS})", 4),
-        ("tests/backends/cuda/test_kernels.py", "", 1),
+        ("tests/backends/cuda/test_triton_kernels.py", "", 1),
     ],
     ids=["every-kernel-against-its-definition", "steps-of-a-model", "kernels"],
 )
