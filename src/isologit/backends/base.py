@@ -77,6 +77,11 @@ class Backend(Protocol):
         """What `memory` will say of such a model after `reserve(num_tokens)`, before anything is loaded."""
         ...
 
+    @classmethod
+    def product_rate(cls, num_threads: int) -> float | None:
+        """FLOP/s that its own matrix products could reach at most, measured now; None if they are a library's."""
+        ...
+
     def allocate_kv(self, num_blocks: int) -> None:
         """Memory for the keys and values of blocks 0 to `num_blocks` - 1; what was there is lost."""
         ...

@@ -274,7 +274,7 @@ class _Job:
             return None
         self.observer.stage("measuring the machine")
         with torch_threads(engine.num_threads):
-            limits = measure_limits()
+            limits = measure_limits(facts["backend"])
         sizes = {name: facts[name] for name in ("weight_bytes", "step_bytes")}
         return profile(steps, phases, engine.config, limits, **sizes)
 

@@ -44,6 +44,10 @@ class ToyBackend:
         weights = 4 * config.num_parameters
         return Memory(weights, _kv_block_bytes(config, cls.block_size), step_buffers=0)
 
+    @classmethod
+    def product_rate(cls, num_threads: int) -> float | None:
+        return None
+
     def _empty_kv(self, num_blocks: int) -> np.ndarray:
         c = self.config
         slots = num_blocks * self.block_size

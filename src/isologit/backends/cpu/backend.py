@@ -18,13 +18,11 @@ from isologit.backends.batch import FlatBatch, ReadyOutput, StepOutput
 from isologit.backends.cpu.arguments import ChoiceScratch, Head, Scratch, Shape, Weights, Work
 from isologit.backends.cpu.biases import pack_biases
 from isologit.backends.cpu.crew import Crew
-from isologit.backends.cpu.kernels import (
-    COUNTER_STRIDE,
-    kv_block_size,
-)
+from isologit.backends.cpu.kernels import COUNTER_STRIDE, kv_block_size
 from isologit.backends.cpu.loading import load_weights
 from isologit.backends.cpu.memory import zeros
 from isologit.backends.cpu.packing import PackedWeights
+from isologit.backends.cpu.product_rate import product_rate
 from isologit.backends.cpu.shortlist import NOT_PICKED
 from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS
 from isologit.backends.cpu.sizes import (
@@ -157,6 +155,11 @@ class CPUBackend:
     def plan_memory(cls, config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
         """See `Backend`."""
         return plan_memory(config, options, num_tokens)
+
+    @classmethod
+    def product_rate(cls, num_threads: int) -> float:
+        """Of the full register tile (about half a second, and some more to compile once)."""
+        return product_rate(num_threads)
 
     def memory(self) -> Memory:
         """What is held now: weights in all their forms, and the buffers that are reserved."""

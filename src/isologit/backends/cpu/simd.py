@@ -20,14 +20,28 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from isologit.common.cache_folder import cache_folder
+from isologit.errors import ConfigError
+
+_WIDTH_VARIABLE = "ISOLOGIT_VECTOR_WIDTH"
 
 
-def _host_vector_width() -> int:
+def host_vector_width() -> int:
     """float32 lanes of the widest vector register of this CPU."""
     features = llvm.get_host_cpu_features()
     if features.get("avx512f"):
         return 16
     return 8 if features.get("avx2") else 4
+
+
+def vector_width(wish: str, widest: int) -> int:
+    """float32 lanes that kernels are made for: the widest, or fewer if `wish` is not empty.
+
+    Raises ConfigError when `wish` is no width that a CPU with registers of `widest` lanes has.
+    """
+    widths = [width for width in (4, 8, 16) if width <= widest]
+    if wish and wish not in map(str, widths):
+        raise ConfigError(f'{_WIDTH_VARIABLE} is "{wish}"; here it can be {", ".join(map(str, widths))}, or not set')
+    return int(wish or widest)
 
 
 def _host_has_byte_products() -> bool:
@@ -36,7 +50,7 @@ def _host_has_byte_products() -> bool:
     return bool(features.get("avx512vnni")) if VECTOR_WIDTH == 16 else bool(features.get("avxvnni"))
 
 
-VECTOR_WIDTH = _host_vector_width()
+VECTOR_WIDTH = vector_width(os.environ.get(_WIDTH_VARIABLE, ""), host_vector_width())
 HAS_BYTE_PRODUCTS = _host_has_byte_products()
 CACHE_LINE = 64  # bytes
 PANEL_VECTORS = 2
@@ -55,16 +69,16 @@ def kernel_sources() -> list[Path]:
 
 
 def use_versioned_cache() -> None:
-    """Keep compiled kernels in a folder named after the sources, so that an edited helper never meets a stale kernel.
+    """Keep compiled kernels in a folder named after the sources and the vector width.
 
-    Numba invalidates its cache by the file of the outermost function only.
+    So neither an edited helper nor another width meets a stale kernel: Numba invalidates its cache by the file of the
+    outermost function only. The folder is within `NUMBA_CACHE_DIR`, if that is set.
     """
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        return
-    digest = hashlib.sha256(numba.__version__.encode())
+    digest = hashlib.sha256(f"{numba.__version__} {VECTOR_WIDTH}".encode())
     for source in kernel_sources():
         digest.update(source.read_bytes())
-    numba.config.CACHE_DIR = str(cache_folder() / f"kernels-{digest.hexdigest()[:16]}")
+    parent = Path(os.environ.get("NUMBA_CACHE_DIR") or cache_folder())
+    numba.config.CACHE_DIR = str(parent / f"kernels-{digest.hexdigest()[:16]}")
 
 
 use_versioned_cache()

@@ -133,6 +133,11 @@ class CUDABackend:
         self.allocate_kv(0)
         self.reserve(1)
 
+    @classmethod
+    def product_rate(cls, num_threads: int) -> float | None:
+        """Products are the library's."""
+        return None
+
     def allocate_kv(self, num_blocks: int) -> None:
         """Memory for the keys and values of so many blocks, and of one more for rows that pad a step.
 

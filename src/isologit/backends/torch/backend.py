@@ -64,6 +64,11 @@ class TorchBackend:
         self._num_tokens, self._seconds = 1, 0.0
         self.allocate_kv(0)
 
+    @classmethod
+    def product_rate(cls, num_threads: int) -> float | None:
+        """Products are the library's."""
+        return None
+
     def allocate_kv(self, num_blocks: int) -> None:
         """Memory for the keys and values of so many blocks; what was there is lost."""
         c = self.config
