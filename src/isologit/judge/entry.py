@@ -6,6 +6,7 @@ Owns the file's fields, their limits, and the hash that ties an entry to what wa
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from isologit.errors import UserError
 
 ENTRY_FILE = "entry.yaml"
 PLACEHOLDERS = ("{port}", "{model}", "{entry}", "{scratch}", "{python}")
+_ALIKE = frozenset({"LATIN", "GREEK", "CYRILLIC"})
 _MOST_FILES, _MOST_BYTES = 10_000, 1 << 30
 
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]
@@ -48,6 +50,9 @@ class EntrySpec(BaseModel):
         # NOTE: names are shown on terminals; markup is escaped where it is shown, control characters have no use.
         if not text.isprintable():
             raise ValueError("must hold printable characters only")
+        alphabets = {unicodedata.name(c, "").split(" ")[0] for c in text if c.isalpha()}
+        if len(alphabets & _ALIKE) > 1:
+            raise ValueError("must not mix alphabets whose letters look alike (Latin, Greek, Cyrillic)")
         return text
 
     @field_validator("techniques")
@@ -112,7 +117,7 @@ class Entry:
             name = path.relative_to(self.folder).as_posix()
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 raise EntryError(f"{self.folder}: {name} is a link or a special file; an entry holds plain files only")
-            if path.is_dir() or "__pycache__" in path.parts:
+            if path.is_dir() or "__pycache__" in path.relative_to(self.folder).parts:
                 continue
             total += path.stat().st_size
             if len(found) >= _MOST_FILES or total > _MOST_BYTES:
@@ -135,6 +140,11 @@ class Entry:
                 word = word.replace(placeholder, value)
             words.append(word)
         return words
+
+
+def look(name: str) -> str:
+    """What two names have in common that people would take for each other: width, case and spaces do not count."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def first_problem(error: ValidationError) -> str:

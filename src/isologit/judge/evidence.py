@@ -21,9 +21,9 @@ from isologit.errors import UserError
 from isologit.judge import strict_json
 
 RUN_FILE, RECORDS_FILE, REVEALED_FILE = "run.json", "records.jsonl", "revealed.jsonl"
-RunKind = Literal["timed", "known", "held-out", "twins", "probed", "perturbed"]
-"""timed: what is ranked. known, held-out, twins: as many prompts of the timed set, of a secret set, and of copies.
-probed: log-probabilities are asked for as well. perturbed: one layer's weights are others."""
+RunKind = Literal["timed", "held-out", "twins", "probed", "perturbed"]
+"""timed: what is ranked. held-out, twins: as many requests, of a secret set and of copies. probed: log-probabilities
+are asked for as well. perturbed: one layer's weights are others."""
 
 ErrorCode = Literal["connection", "status", "json", "dialect", "end", "size", "time"]
 
@@ -108,7 +108,8 @@ class RunEvidence:
 
     positions: (request id, output index) that the entry was asked to reveal. canary_s: seconds of the fixed kernel
     before and after. peak_flop_per_s: of the
-    judge's own matrix product on the cores that the entry has.
+    judge's own matrix product on the cores that the entry has. void: the machine drifted; its time does not count, but
+    whatever else was found in it does.
     """
 
     round_id: str
@@ -124,6 +125,7 @@ class RunEvidence:
     duration_s: float | None = None
     canary_s: tuple[float, float] | None = None
     peak_flop_per_s: float | None = None
+    void: bool = False
     client_problem: str | None = None
     client_problem_code: ErrorCode | None = None
     reveal_problem: str | None = None

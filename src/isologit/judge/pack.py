@@ -11,6 +11,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +21,7 @@ from isologit.errors import UserError
 from isologit.judge import strict_json
 from isologit.judge.audits.base import Case
 from isologit.judge.board import read_board
-from isologit.judge.database import Database, RoundRow
+from isologit.judge.database import JUDGED, Database, RoundRow
 from isologit.judge.entry import Entry
 from isologit.judge.evidence import RunEvidence
 from isologit.judge.perturb import perturbed_model
@@ -28,7 +29,7 @@ from isologit.judge.positions import draw_positions
 from isologit.judge.profile import Profile
 from isologit.judge.prompts import draw_prompts
 from isologit.judge.reference import JudgeReference
-from isologit.judge.round import ENTRIES, RUNS, model_folder
+from isologit.judge.round import ENTRIES, RUNS, model_folder, run_kinds
 from isologit.judge.run import RunSpec
 from isologit.judge.seeds import RoundSeed
 from isologit.judge.verdict import EntryVerdict, judge_case
@@ -80,7 +81,7 @@ def write_pack(database: Database, round_id: str, target: Path) -> Path:
         }  # fmt: skip
     files: dict[str, Path] = {}
     for run in about["runs"]:
-        if run["state"] == "done":
+        if run["state"] in JUDGED:
             folder = database.folder / RUNS / run["id"]
             files.update({f"{RUNS}/{run['id']}/{file.name}": file for file in sorted(folder.iterdir())})
     for sha256 in {run["entry"] for run in about["runs"]}:
@@ -180,10 +181,12 @@ def _verify(folder: Path, model: Path | None) -> Verified:
                 problems.append(f"entry {sha256[:12]}: its files have another hash")
             evidence, perturbed = [], {}
             for run in runs:
-                if run["entry"] != sha256 or run["state"] != "done":
+                if run["entry"] != sha256 or run["state"] not in JUDGED:
                     continue
                 found = RunEvidence.read(folder / RUNS / run["id"])
                 evidence.append(found)
+                if (found.run_id, found.kind, found.void) != (run["id"], run["kind"], run["state"] == "voided"):
+                    problems.append(f"run {run['id']}: its evidence is that of another run")
                 spec = RunSpec(round_id, found.run_id, found.kind, int(run["repeat"]), int(run["attempt"]), sha256)
                 problems += _other_draws(found, prompts.of(found.kind, seed, spec.label), seed, spec.label, profile)
                 if found.kind == "perturbed":
@@ -193,11 +196,23 @@ def _verify(folder: Path, model: Path | None) -> Verified:
                         perturbed_model(where, changed, seed.generator("perturbed", repeat))
                         others[repeat] = JudgeReference(changed)
                     perturbed[found.run_id] = others[repeat]
+            problems += _missing_runs(profile, entry.name, runs, sha256)
             verdict = judge_case(Case(profile, entry.spec, evidence, reference, perturbed))
             verdicts[entry.name] = verdict
             if claimed.get(sha256) != verdict.status:
                 problems.append(f"{entry.name}: the pack says {claimed.get(sha256)}, its evidence {verdict.status}")
     return Verified(round_id, verdicts, tuple(problems))
+
+
+def _missing_runs(profile: Profile, name: str, runs: list[dict[str, Any]], sha256: str) -> list[str]:
+    """Runs of the profile that the pack has not exactly once: leaving one out would hide what was found in it."""
+    done = Counter((run["kind"], run["repeat"]) for run in runs if run["entry"] == sha256 and run["state"] == "done")
+    wanted = [(kind, repeat) for kind, count in run_kinds(profile).items() for repeat in range(count)]
+    return [
+        f"{name}: {kind} run {repeat + 1} is there {done[kind, repeat]} times"
+        for kind, repeat in wanted
+        if done[kind, repeat] != 1
+    ]
 
 
 def _wrong_hashes(folder: Path) -> list[str]:

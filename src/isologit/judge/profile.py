@@ -18,12 +18,10 @@ class _Part(BaseModel):
 
 
 class Prompts(_Part):
-    """Where prompts come from. dataset: `builtin` or a prompt file. held_out, twins: prompts of the extra runs."""
+    """Where prompts come from. dataset: `builtin` or a prompt file. count: of every run, whatever it is for."""
 
     dataset: str = "builtin"
     count: PositiveInt = 1500
-    held_out: PositiveInt = 64
-    twins: PositiveInt = 32
 
 
 class Load(_Part):

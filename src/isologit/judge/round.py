@@ -21,8 +21,8 @@ from isologit.errors import ModelError, UserError
 from isologit.judge.audits import audits_of
 from isologit.judge.audits.base import Case
 from isologit.judge.canary import canary_seconds, peak_flop_per_s
-from isologit.judge.database import Database, EntryRow, RoundRow, RunRow, VerdictRow, now
-from isologit.judge.entry import Entry
+from isologit.judge.database import JUDGED, Database, EntryRow, RoundRow, RunRow, VerdictRow, now
+from isologit.judge.entry import Entry, EntryError, look
 from isologit.judge.evidence import RunEvidence, RunKind
 from isologit.judge.perturb import perturbed_model
 from isologit.judge.profile import Profile
@@ -81,8 +81,10 @@ class Judge:
         Raises JudgeError when names come twice, the anchor is none of the entries, or there is no sandbox.
         """
         names = [entry.name for entry in entries]
-        if not entries or len(set(names)) < len(names):
-            raise JudgeError("a round needs at least one entry, and each name once; change `name` in entry.yaml")
+        if not entries or len({look(name) for name in names}) < len(names):
+            raise JudgeError(
+                "a round needs at least one entry, and no two names that look alike; change `name` in entry.yaml"
+            )
         if anchor is not None and anchor not in names:
             raise JudgeError(f"{anchor}: none of the entries has this name; the anchor is one of {', '.join(names)}")
         if not practice and (problem := sandbox_problem()) is not None:
@@ -90,7 +92,7 @@ class Judge:
         where = model_folder(profile, model)
         seed = seed or RoundSeed.draw()
         frozen = [self._freeze(entry) for entry in entries]
-        kinds = _kinds(profile)
+        kinds = run_kinds(profile)
         round_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + seed.published[:6]
         with self.database.session() as session:
             rows = {name: self._entry_row(session, entry) for name, entry in zip(names, frozen, strict=True)}
@@ -135,7 +137,9 @@ class Judge:
             partial.mkdir(parents=True)
             for name in entry.files():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(entry.folder / name, partial / name)
+                shutil.copy2(entry.folder / name, partial / name, follow_symlinks=False)
+            if Entry(partial).sha256() != target.name:
+                raise EntryError(f"{entry.folder}: its files changed while they were copied; hand it in again")
             os.replace(partial, target)
         return Entry(target)
 
@@ -182,8 +186,7 @@ class Judge:
         with self.database.session() as session:
             for run in session.scalars(select(RunRow).where(RunRow.round_id == round_id, RunRow.state == "running")):
                 if (self.folder / RUNS / run.id).is_dir():
-                    evidence = RunEvidence.read(self.folder / RUNS / run.id)
-                    run.state, run.duration_s = "done", evidence.duration_s
+                    self._settle(session, run, RunEvidence.read(self.folder / RUNS / run.id))
                 else:
                     run.state, run.note = "abandoned", "the judge ended during this run; it was done again"
                     session.add(_again(run))
@@ -216,17 +219,23 @@ class Judge:
         evidence, log = perform_run(spec, entry, profile, prompts, where, seed, partial, practice=practice)
         evidence.canary_s = (before, canary_seconds())
         evidence.peak_flop_per_s = peak_flop_per_s()
+        drift = abs(evidence.canary_s[1] / evidence.canary_s[0] - 1)
+        evidence.void = kind == "timed" and drift > profile.canary_drift and run.attempt < _MOST_ATTEMPTS
         (partial / "output.log").write_bytes(log)
         evidence.write(partial)
         os.replace(partial, self.folder / RUNS / run.id)
-        drift = abs(evidence.canary_s[1] / evidence.canary_s[0] - 1)
         with self.database.session() as session:
             row = session.get(RunRow, run.id)
             assert row is not None
-            row.state, row.duration_s = "done", evidence.duration_s
-            if kind == "timed" and drift > profile.canary_drift and run.attempt < _MOST_ATTEMPTS:
-                row.state, row.note = "voided", f"the machine drifted by {drift:.1%} during this run; it was repeated"
-                session.add(_again(row))
+            self._settle(session, row, evidence)
+
+    @staticmethod
+    def _settle(session: Any, run: RunRow, evidence: RunEvidence) -> None:
+        """The final state of a run whose evidence is there; a voided one is queued again."""
+        run.state, run.duration_s = "done", evidence.duration_s
+        if evidence.void:
+            run.state, run.note = "voided", "the machine drifted during this run; it was repeated"
+            session.add(_again(run))
 
     def _perturbed(self, run: RunRow, model: Path, seed: RoundSeed) -> Path:
         """The perturbed weights of a round's repeat, made once."""
@@ -253,7 +262,7 @@ class Judge:
             if found is None:
                 raise JudgeError(f"{round_id}: no such round in {self.folder}")
             profile, model = Profile.model_validate(found.profile), Path(found.model)
-            runs = [(run.entry, run.id, run.repeat) for run in found.runs if run.state == "done"]
+            runs = [(run.entry, run.id, run.repeat) for run in found.runs if run.state in JUDGED]
         reference = JudgeReference(model)
         others: dict[int, JudgeReference] = {}
         verdicts: dict[str, EntryVerdict] = {}
@@ -303,23 +312,25 @@ def model_folder(profile: Profile, model: Path | None) -> Path:
     raise JudgeError(f"profile {profile.name} is for {profile.model}; give the folder of its weights with --model DIR")
 
 
-def _kinds(profile: Profile) -> dict[RunKind, int]:
-    """Runs by kind: those that the profile's audits want, and the timed ones."""
+def run_kinds(profile: Profile) -> dict[RunKind, int]:
+    """Number of runs of an entry by kind: those that the profile's audits want, and the timed ones."""
     wanted: dict[RunKind, int] = {"timed": profile.repeats}
     for audit in audits_of(profile):
         for kind in audit.runs:
-            wanted[kind] = _AUDIT_REPEATS
+            wanted.setdefault(kind, _AUDIT_REPEATS)
     return wanted
 
 
 def _order(
     names: Sequence[str], kinds: dict[RunKind, int], profile: Profile, seed: RoundSeed
 ) -> Iterable[tuple[str, RunKind, int]]:
-    """(entry, kind, repeat) in the order of the round: repeat by repeat, entries in random order within each."""
+    """(entry, kind, repeat) in the order of the round: repeat by repeat, kinds and entries in random order in each."""
     generator = seed.generator("interleaving")
+    listed = list(kinds)
     for repeat in range(max(kinds.values())):
-        for kind, count in kinds.items():
-            if repeat < count:
+        for place in generator.permutation(len(listed)):
+            kind = listed[place]
+            if repeat < kinds[kind]:
                 for index in generator.permutation(len(names)):
                     yield names[index], kind, repeat
 

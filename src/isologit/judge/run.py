@@ -13,7 +13,7 @@ from isologit.judge.entry import Entry
 from isologit.judge.evidence import RequestEvidence, RevealedRow, RunEvidence, RunKind
 from isologit.judge.process import EntryProcess, Running
 from isologit.judge.profile import Profile
-from isologit.judge.prompts import Request, RoundPrompts
+from isologit.judge.prompts import RoundPrompts
 from isologit.judge.seeds import RoundSeed
 
 _CLIENT_GRACE_S = 60.0
@@ -69,8 +69,7 @@ def perform_run(
         if running is None:
             evidence.client_problem = f"the entry did not start: {process.facts.problem}"
         else:
-            requests = prompts.of(spec.kind, seed, spec.label)
-            plan = _client_plan(entry, spec, profile, requests, running, nonce, seed)
+            plan = _client_plan(entry, spec, profile, prompts, running, nonce, seed)
             _load(plan, running, folder, profile, evidence)
             if evidence.client_problem is None and not process.alive():
                 process.facts.died = True
@@ -83,12 +82,12 @@ def _client_plan(
     entry: Entry,
     spec: RunSpec,
     profile: Profile,
-    requests: list[Request],
+    prompts: RoundPrompts,
     running: Running,
     nonce: str,
     seed: RoundSeed,
 ) -> ClientPlan:
-    load = profile.load
+    load, requests = profile.load, prompts.of(spec.kind, seed, spec.label)
     gaps = [0.0] * len(requests)
     if load.rate is not None:
         gaps = seed.generator("arrivals", spec.label).exponential(1 / load.rate, len(requests)).cumsum().tolist()
@@ -102,7 +101,7 @@ def _client_plan(
         nonce=nonce,
         requests=requests,
         arrival_s=gaps,
-        warm_up=[(f"w{i}", prompt, min(limit, 8)) for i, (_, prompt, limit) in enumerate(requests[: load.warm_up])],
+        warm_up=prompts.of_warm_up(seed, spec.label),
         max_concurrency=load.max_concurrency,
         request_s=profile.limits.request_s,
         run_s=profile.limits.run_s,

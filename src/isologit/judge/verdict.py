@@ -38,7 +38,11 @@ def judge_case(case: Case) -> EntryVerdict:
         if silent is not None:
             outcome[audit.name] = silent
             continue
-        found = audit.verify(case)
+        try:
+            found = audit.verify(case)
+        except Exception as error:  # NOTE: what one entry sends must not keep the others from being judged
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            found = [Finding(f"{audit.name}.error", f"its evidence cannot be judged: {said}")]
         findings += found
         outcome[audit.name] = FAILED if found else PASSED
     return EntryVerdict("INVALID" if findings else "VALID", tuple(findings), outcome, _figures(case))

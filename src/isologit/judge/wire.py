@@ -19,7 +19,7 @@ from isologit.common.commitment import COMMITMENT_BYTES, FINGERPRINT_SIZE
 ROUND_PATH = "/judge/round"
 REVEAL_PATH = "/judge/reveal"
 REQUEST_ID_HEADER = "X-Request-Id"
-TOP_LOGPROBS = 20  # of a foreign server: what stands in for a commitment
+TOP_LOGPROBS = {"openai": 20, "tgi": 5, "llm-serving": 0}  # of a foreign server: what stands in for a commitment
 
 
 class WireError(ValueError):
@@ -66,7 +66,7 @@ def _openai_body(model: str, prompt: str, max_tokens: int, logprobs: bool) -> di
         "stream_options": {"include_usage": True},
         "return_token_ids": True,
     }
-    return {**body, "logprobs": TOP_LOGPROBS} if logprobs else body
+    return {**body, "logprobs": TOP_LOGPROBS["openai"]} if logprobs else body
 
 
 def _read_openai(value: Any, answer: Answer) -> int:
@@ -112,7 +112,7 @@ def _read_contest(value: Any, answer: Answer) -> int:
 def _tgi_body(model: str, prompt: str, max_tokens: int, logprobs: bool) -> dict[str, Any]:
     parameters: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": False, "details": True}
     if logprobs:
-        parameters["top_n_tokens"] = 5
+        parameters["top_n_tokens"] = TOP_LOGPROBS["tgi"]
     return {"inputs": prompt, "parameters": parameters}
 
 
@@ -150,7 +150,13 @@ def commit_message(fingerprints: np.ndarray, commitments: list[bytes]) -> list[d
 
 def _add_tokens(value: Any, ids: list[int], answer: Answer) -> int:
     answer.token_ids += ids
-    for item in value.get("commit") or []:
+    commits = value.get("commit") or []
+    if commits and len(commits) != len(ids):
+        # NOTE: otherwise tokens could be streamed first and computed as they should be afterwards.
+        raise WireError(
+            f"{len(commits)} commitments in a message of {len(ids)} tokens; each message commits to its own"
+        )
+    for item in commits:
         answer.fingerprints.append(_bytes(item["fingerprint"], 4 * FINGERPRINT_SIZE))
         answer.commitments.append(_bytes(item["commitment"], COMMITMENT_BYTES))
     return len(ids)

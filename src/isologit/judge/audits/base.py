@@ -33,7 +33,8 @@ class Finding:
 class Case:
     """All runs of one entry in one round, and what they are judged by.
 
-    perturbed: the reference with the perturbed weights, by the run's id. perturbed runs are scored by it alone.
+    runs: voided ones as well, so that nothing in them is forgotten. perturbed: the reference with the perturbed
+    weights, by the run's id. perturbed runs are scored by it alone.
     """
 
     profile: Profile
@@ -43,16 +44,21 @@ class Case:
     perturbed: Mapping[str, ScoringModel] = field(default_factory=dict)
 
     def of(self, kind: RunKind) -> list[RunEvidence]:
-        """Runs of one kind, in the order in which they ran."""
-        return [run for run in self.runs if run.kind == kind]
+        """Runs of one kind whose times count, in the order in which they ran."""
+        return [run for run in self.runs if run.kind == kind and not run.void]
 
     def reference_of(self, run: RunEvidence) -> ScoringModel:
         """The model that a run's answers must be those of."""
         return self.perturbed.get(run.run_id, self.reference)
 
-    def answers(self, run: RunEvidence) -> Iterator[RequestEvidence]:
+    def completed(self, run: RunEvidence) -> Iterator[RequestEvidence]:
         """Every completed request of a run that has tokens."""
         return (record for record in run.records if record.status == "completed" and record.token_ids)
+
+    def answers(self, run: RunEvidence) -> Iterator[RequestEvidence]:
+        """Those of them that a model can read: all ids are in the vocabulary. `rescoring` names the others."""
+        size = self.reference.vocab_size
+        return (r for r in self.completed(run) if min(r.token_ids) >= 0 and max(r.token_ids) < size)
 
 
 def time_ratio(

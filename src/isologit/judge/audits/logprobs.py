@@ -6,9 +6,10 @@ import numpy as np
 
 from isologit.judge.audits.base import Case, Finding
 from isologit.judge.evidence import RunEvidence, RunKind
+from isologit.judge.wire import TOP_LOGPROBS
 
-_CANDIDATES = 64  # most likely tokens of the reference among which a text is looked for
 _PRINTED = 1e-3  # servers round what they print
+_LEAST = 0.5  # of those asked for: tokens with the same text are one key, as parts of a character often are
 
 
 class Logprobs:
@@ -33,16 +34,31 @@ class Logprobs:
             known = logits - np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
             known -= logits.max(axis=1, keepdims=True)
             for index, given in enumerate(record.top_logprobs[: len(record.token_ids)]):
-                best = np.argsort(-known[index])[: max(_CANDIDATES, len(given))]
-                values = np.sort(known[index][best])[::-1]
-                for place, value in enumerate(sorted(given.values(), reverse=True)):
-                    if abs(value - values[place]) > allowed:
-                        message = (
-                            f"request {record.id} token {index}: log-probability {place + 1} is {value:.4f}, the "
-                            f"reference's is {values[place]:.4f}; {allowed:g} is allowed"
-                        )
-                        return Finding("logprobs.differ", message, run.run_id, record.id, index)
+                asked = TOP_LOGPROBS[case.spec.dialect]
+                if len(given) < _LEAST * asked:
+                    message = f"request {record.id} token {index}: {len(given)} log-probabilities of {asked} asked for"
+                    return Finding("logprobs.few", message, run.run_id, record.id, index)
+                values = np.sort(known[index])[::-1][: 2 * max(asked, len(given))].tolist()
+                strange = _not_among(sorted(given.values(), reverse=True), values, allowed, max(0, asked - len(given)))
+                if strange is not None:
+                    message = (
+                        f"request {record.id} token {index}: log-probability {strange:.4f} is not one of the "
+                        f"reference's, which begin with {values[0]:.4f}; {allowed:g} is allowed"
+                    )
+                    return Finding("logprobs.differ", message, run.run_id, record.id, index)
         return None
+
+
+def _not_among(given: list[float], values: list[float], allowed: float, absent: int) -> float | None:
+    """The first of `given` that is not the next of `values`; both descend. absent: how many values may be left out."""
+    place = 0
+    for value in given:
+        while place < len(values) and absent and values[place] - value > allowed:
+            place, absent = place + 1, absent - 1
+        if place == len(values) or not abs(values[place] - value) <= allowed:
+            return value
+        place += 1
+    return None
 
 
 AUDIT = Logprobs()

@@ -11,7 +11,7 @@ class Nonce:
 
     name = "nonce"
     title = "fingerprints are those of the run's own nonce"
-    runs: tuple[RunKind, ...] = ("known",)
+    runs: tuple[RunKind, ...] = ("timed",)
 
     def verify(self, case: Case) -> list[Finding]:
         """Fingerprints that two runs with different nonces share, byte for byte."""

@@ -6,7 +6,7 @@ from isologit.judge.audits.base import Case, Finding, time_ratio
 from isologit.judge.audits.rescoring import not_greedy
 from isologit.judge.evidence import RunKind
 
-_SLOWER = 1.5
+_SLOWER = 1.25
 
 
 class PerturbedWeights:
@@ -14,7 +14,7 @@ class PerturbedWeights:
 
     name = "perturbed_weights"
     title = "answers are computed from the weights that are given"
-    runs: tuple[RunKind, ...] = ("known", "perturbed")
+    runs: tuple[RunKind, ...] = ("timed", "perturbed")
 
     def verify(self, case: Case) -> list[Finding]:
         """Tokens that are not the perturbed model's own, or another time."""
@@ -31,9 +31,9 @@ class PerturbedWeights:
                         wrong.index,
                     )
                 )
-        slower = time_ratio(case.of("perturbed"), case.of("known"), min)
+        slower = time_ratio(case.of("perturbed"), case.of("timed"), min)
         if slower is not None and slower > _SLOWER and not found:
-            message = f"with changed weights a token took {slower:.2f} times as long as with the round's"
+            message = f"with changed weights a token took {slower:.2f} times as long as in the timed runs"
             found.append(Finding("perturbed_weights.time", message, case.of("perturbed")[0].run_id))
         return found
 

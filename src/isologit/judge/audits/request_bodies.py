@@ -11,16 +11,16 @@ class RequestBodies:
 
     name = "request_bodies"
     title = "an answer is the same whether or not it is looked at"
-    runs: tuple[RunKind, ...] = ("known", "probed")
+    runs: tuple[RunKind, ...] = ("timed", "probed")
 
     def verify(self, case: Case) -> list[Finding]:
         """Tokens that differ between requests with and without log-probabilities."""
-        known = {r.id: r.token_ids for run in case.of("known") for r in case.answers(run)}
+        known = {(r.prompt, r.max_tokens): r.token_ids for run in case.of("timed") for r in case.answers(run)}
         differ = [
             (run.run_id, record.id)
             for run in case.of("probed")
             for record in case.answers(run)
-            if record.id in known and known[record.id] != record.token_ids
+            if known.get((record.prompt, record.max_tokens), record.token_ids) != record.token_ids
         ]
         if not differ:
             return []

@@ -17,14 +17,14 @@ def not_greedy(case: Case, run: RunEvidence) -> Finding | None:
     reference = case.reference_of(run)
     wrong, total = 0, 0
     first: tuple[str, int, str] | None = None
-    for record in case.answers(run):
-        tokens = np.asarray(record.token_ids, np.int64)
-        total += len(tokens)
-        strange = np.flatnonzero((tokens < 0) | (tokens >= reference.vocab_size))
-        if len(strange):
+    for record in case.completed(run):
+        total += len(record.token_ids)
+        strange = [i for i, token in enumerate(record.token_ids) if not 0 <= token < reference.vocab_size]
+        if strange:
             wrong += len(strange)
-            first = first or (record.id, int(strange[0]), "its id is not in the vocabulary")
+            first = first or (record.id, strange[0], "its id is not in the vocabulary")
             continue
+        tokens = np.asarray(record.token_ids, np.int64)
         logits = reference.logits(reference.hidden(record.prompt, record.token_ids))
         margins = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
         over = np.flatnonzero(margins > 2 * case.profile.tolerance)

@@ -11,11 +11,11 @@ class Twins:
 
     name = "twins"
     title = "a repeated prompt is computed again"
-    runs: tuple[RunKind, ...] = ("known", "twins")
+    runs: tuple[RunKind, ...] = ("timed", "twins")
 
     def verify(self, case: Case) -> list[Finding]:
         """Copies that are faster by more than the profile allows; prefix reuse alone is not."""
-        ratio = time_ratio(case.of("twins"), case.of("known"), max)
+        ratio = time_ratio(case.of("twins"), case.of("timed"), max)
         if ratio is None or ratio >= case.profile.twin_ratio:
             return []
         message = (
