@@ -25,7 +25,8 @@ RunState = Literal["queued", "running", "done", "voided", "abandoned"]
 FINAL: frozenset[str] = frozenset({"done", "voided", "abandoned"})
 JUDGED: frozenset[str] = frozenset({"done", "voided"})
 """done: its evidence is kept and judged. voided: the machine drifted, and the run was repeated: its time does not
-count, but its evidence is judged as well, so that no drift hides what an entry did. abandoned: the judge ended meanwhile, and the run was repeated; never the entry's fault."""
+count, but its evidence is judged as well, so that no drift hides what an entry did. abandoned: the judge ended
+meanwhile, and the run was repeated; never the entry's fault."""
 
 
 class DatabaseError(UserError):

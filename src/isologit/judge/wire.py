@@ -153,9 +153,7 @@ def _add_tokens(value: Any, ids: list[int], answer: Answer) -> int:
     commits = value.get("commit") or []
     if commits and len(commits) != len(ids):
         # NOTE: otherwise tokens could be streamed first and computed as they should be afterwards.
-        raise WireError(
-            f"{len(commits)} commitments in a message of {len(ids)} tokens; each message commits to its own"
-        )
+        raise WireError(f"{len(commits)} commitments in a message of {len(ids)} tokens; each commits to its own")
     for item in commits:
         answer.fingerprints.append(_bytes(item["fingerprint"], 4 * FINGERPRINT_SIZE))
         answer.commitments.append(_bytes(item["commitment"], COMMITMENT_BYTES))
