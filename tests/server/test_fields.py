@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -285,6 +286,26 @@ def test_log_probabilities_of_a_prompt(http: httpx.Client) -> None:
         assert [entry["rank"] for entry in shown.values()][:2] == [1, 2]
     chat = ask(http, "/v1/chat/completions", {**CHAT, "prompt_logprobs": 0, "return_token_ids": True})
     assert len(chat["prompt_logprobs"]) == len(chat["prompt_token_ids"])
+
+
+def test_an_echoed_prompt_and_its_answer_are_one_text(http: httpx.Client, server: Running) -> None:
+    """A token keeps the space that parts it from the prompt; an answer alone does not begin with it."""
+    prompt = "The quick brown"
+    asked = {**COMPLETION, "prompt": prompt, "max_tokens": 4}
+    [alone] = ask(http, "/v1/completions", {**asked, "return_token_ids": True})["choices"]
+    tokenizer, output = server.service.tokenizer, alone["token_ids"]
+    assert tokenizer.inner_text(output) == " " + alone["text"]  # else this test shows nothing
+    [echoed] = ask(http, "/v1/completions", {**asked, "echo": True, "logprobs": 0})["choices"]
+    assert echoed["text"] == f"{prompt} {alone['text']}"
+    shown = echoed["logprobs"]
+    spans = itertools.pairwise([*shown["text_offset"], len(echoed["text"])])
+    assert [echoed["text"][begin:end] for begin, end in spans][2:] == shown["tokens"][2:]
+    full = http.post(
+        "/generate", json={"inputs": prompt, "parameters": {"max_new_tokens": 4, "return_full_text": True}}
+    )
+    assert full.json()["generated_text"] == echoed["text"]
+    [first] = ask(http, "/v1/completions", {**asked, "echo": True, "prompt": [1]})["choices"]
+    assert not first["text"].startswith(" ")  # no text stands before it
 
 
 def test_an_echo_is_streamed_before_the_answer(http: httpx.Client) -> None:

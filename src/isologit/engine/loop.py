@@ -66,7 +66,10 @@ class EngineLoop:
         stop_ids = [*self.scheduler.config.eos_token_ids, *params.stop_token_ids]
         # NOTE: bad words may be refused; nothing is kept of a request until nothing can be
         sampler = Sampler(params, np.random.default_rng(seed), stop_ids=stop_ids, tokenizer=self.tokenizer)
-        text = None if self.tokenizer is None else OutputText(self.tokenizer, params)
+        text = None
+        if self.tokenizer is not None:
+            inner = request.is_continued and any(map(self.tokenizer.is_text, request.prompt_token_ids))
+            text = OutputText(self.tokenizer, params, inner=inner)
         self.scheduler.add(seq)
         self._progress[request.request_id] = Progress(seq, text, sampler)
 

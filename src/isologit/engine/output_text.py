@@ -17,14 +17,15 @@ class OutputText:
     token_texts: the text that each token made certain, often nothing for a part of a character; joined, they are the
     whole text, what a stop string cuts off included. stop: the stop string that was found. A stop string is looked for
     in what comes after the first `min_tokens` tokens, though it may begin before; special tokens, which no text shows,
-    take part in the search with their names.
+    take part in the search with their names. inner: the text stands behind another (see `Detokenizer`).
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, inner: bool = False) -> None:
         self.token_texts: list[str] = []
         self.stop: str | None = None
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer)
+        self._decode = tokenizer.inner_text if inner else tokenizer.decode
+        self._detokenizer = Detokenizer(tokenizer, inner=inner)
         self._search = StopSearch(StopStrings(params.stop)) if params.stop else None
         self._longest_stop = max(map(len, params.stop), default=0)
         self._min_tokens = params.min_tokens
@@ -74,7 +75,7 @@ class OutputText:
         """
         hide_last = by_stop_token and not self._include_stop
         if not self.token_texts:
-            return self._tokenizer.decode(token_ids[:-1] if hide_last else token_ids)
+            return self._decode(list(token_ids[:-1] if hide_last else token_ids))
         rest = self._detokenizer.finish()
         if rest:
             self.token_texts[-1] += rest

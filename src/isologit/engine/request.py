@@ -21,6 +21,7 @@ class GenerationRequest:
 
     `capture` holds indices of output tokens (0 = the first) whose full logits row is kept. `replay_token_ids` forces
     the output while everything is still computed; it never ends early at an end-of-sequence token inside the record.
+    `is_continued`: the output's text is to stand behind the prompt's, so it keeps the space that it may begin with.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class GenerationRequest:
     prompt: str | None = None
     replay_token_ids: list[int] | None = None
     capture: frozenset[int] = frozenset()
+    is_continued: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 
 _CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
+_GZIP = b"\x1f\x8b"
 _HINT = "send a JSON object with the header Content-Type: application/json"
 
 
@@ -37,6 +38,8 @@ def refusal_of_headers(headers: Headers, *, has_body: bool) -> tuple[int, str] |
 
 def read_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises HTTPException (400) with the cause and, where there is one, the place."""
+    if body.startswith(_GZIP):
+        raise HTTPException(400, "the body is compressed with gzip, which is not read here; send it uncompressed")
     try:
         value = json.loads(body.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -106,7 +106,8 @@ class _Asked:
             ids = asked.truncated(await service.prompt_ids(prompt), service.limits.max_model_len - params.max_tokens)
             for number in range(count):
                 seed = None if params.seed is None else params.seed + number
-                requests.append(service.request(ids, replace(params, seed=seed)))
+                is_echoed = self.echoed is not None
+                requests.append(service.request(ids, replace(params, seed=seed), is_echoed=is_echoed))
         style = self.style_class(
             service.tokenizer, params.logprobs, ids_as_names=bool(asked.return_tokens_as_token_ids)
         )

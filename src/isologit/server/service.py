@@ -119,15 +119,18 @@ class Service:
             raise RequestError("the prompt is empty; give at least one token")
         return ids
 
-    def request(self, ids: list[int], params: SamplingParams) -> GenerationRequest:
-        """A request that can run. Raises RequestError naming the limit it exceeds, or what it cannot be given."""
+    def request(self, ids: list[int], params: SamplingParams, *, is_echoed: bool = False) -> GenerationRequest:
+        """A request that can run. is_echoed: its prompt is told before its answer.
+
+        Raises RequestError naming the limit it exceeds, or what it cannot be given.
+        """
         for name, texts in (("stop", params.stop), ("bad_words", params.bad_words)):
             if sum(map(len, texts)) > _LARGEST_TEXTS:
                 raise FieldError(name, f"{name} is longer than {_LARGEST_TEXTS} characters; send fewer or shorter ones")
         for word in params.bad_words:
             self.tokenizer.encode_without_bos(word)  # raises for what is not Unicode
         replace(self.engine.limits, max_model_len=self.limits.max_model_len).check(ids, params)
-        return GenerationRequest(self.engine.new_id(), ids, params)
+        return GenerationRequest(self.engine.new_id(), ids, params, is_continued=is_echoed)
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModelError, naming what there is, for a model this server does not have."""

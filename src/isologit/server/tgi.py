@@ -167,7 +167,8 @@ async def _request(
     )
     service.check_capacity(1)
     ids = await service.prompt_ids(body.inputs)
-    return service.request(ids if asked.truncate is None else ids[-asked.truncate :], params)
+    ids = ids if asked.truncate is None else ids[-asked.truncate :]
+    return service.request(ids, params, is_echoed=bool(asked.return_full_text))
 
 
 def _prefill(service: Service, output: RequestOutput) -> list[dict[str, Any]]:

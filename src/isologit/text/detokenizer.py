@@ -10,14 +10,16 @@ from isologit.text.tokenizer import Tokenizer
 class Detokenizer:
     """Gives text as soon as it is certain; everything given, in a row, is `tokenizer.decode` of all tokens.
 
+    inner: the text stands behind another, so it keeps the space that it begins with: it is `tokenizer.inner_text`.
     The window never holds more than the tokens that are undecided: at most three, or a run of byte tokens where the
     tokenizer decides about the run as a whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, inner: bool = False) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._head: list[int] | None = []  # tokens before the first text, which loses its leading space; None after it
+        # tokens before the first text, which loses its leading space; None after it
+        self._head: list[int] | None = None if inner else []
         self._pending: list[int] = []  # undecided tokens, all of them byte tokens
 
     def push(self, token_id: int) -> str:
