@@ -115,10 +115,7 @@ class LLM:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError when the request can never run on this model."""
-        try:
-            self.limits.check(request.prompt_token_ids, request.params, request.replay_token_ids)
-        except RequestError as error:
-            raise RequestError(f"request {request.request_id}: {error}") from None
+        self.limits.check_request(request)
 
     @property
     def limits(self) -> RequestLimits:

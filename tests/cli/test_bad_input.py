@@ -80,7 +80,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "an empty prompt": (b'{"prompt": ""}\n', "the prompt is empty"),
     "no tokens": (b'{"prompt": "a", "max_new_tokens": 0}\n', "at least 1, not 0"),
     "negative tokens": (b'{"prompt": "a", "max_new_tokens": -2}\n', "at least 1, not -2"),
-    "too long": (b'{"prompt": "a", "max_new_tokens": 1024}\n', "context length is 1024"),
+    "too long": (b'{"prompt": "a", "max_new_tokens": 1024}\n', "context length is 1024 tokens"),
 }
 
 

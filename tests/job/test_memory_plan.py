@@ -12,7 +12,7 @@ import pytest
 
 from isologit.common.memory import FreeMemory
 from isologit.config import PRESETS, EngineOptions, ModelConfig
-from isologit.errors import ConfigError
+from isologit.errors import ConfigError, DatasetError
 from isologit.job import preview
 from isologit.job.memory_plan import GIB, MemoryPlan, plan_memory
 from isologit.job.options import RunOptions
@@ -127,3 +127,23 @@ def test_without_room_for_a_baseline_the_run_still_certifies(run: Callable[..., 
     assert result["baseline"] is None
     assert result["no_baseline"] == "no baseline will be timed: no room"
     assert result["certificate"]["verdict"] == "VALID"
+
+
+def test_a_request_is_planned_for_the_whole_context(tmp_path: Path) -> None:
+    """Linear scaling stretches it; what is longer than that is refused as the engine refuses it."""
+    shape = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "torch_dtype": "float32",
+    }  # fmt: skip
+    config, prompts = tmp_path / "config.json", tmp_path / "prompts.jsonl"
+    config.write_text(json.dumps(shape))
+    engine = EngineOptions(model=str(config), load_format="dummy")
+
+    def planned(num_prompt_tokens: int) -> MemoryPlan:
+        prompts.write_text(json.dumps({"prompt_token_ids": [3] * num_prompt_tokens, "max_new_tokens": 8}))
+        return preview.plan_run(RunOptions(engine=engine, dataset=prompts))
+
+    assert planned(120).refusal is None
+    with pytest.raises(DatasetError, match="request 0: This model's maximum context length is 128 tokens"):
+        planned(121)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from isologit.engine.request import GenerationRequest
 from isologit.engine.sampling_params import SamplingParams
 from isologit.errors import RequestError
 
@@ -34,6 +35,13 @@ class RequestLimits:
     max_kv_tokens: int
     vocab_size: int | None = None
     has_tokenizer: bool = True
+
+    def check_request(self, request: GenerationRequest) -> None:
+        """As `check`, and the message says which request it was."""
+        try:
+            self.check(request.prompt_token_ids, request.params, request.replay_token_ids)
+        except RequestError as error:
+            raise RequestError(f"request {request.request_id}: {error}") from None
 
     def check(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, replay_token_ids: Sequence[int] | None = None

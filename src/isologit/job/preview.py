@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from isologit.common.memory import FreeMemory, free_memory, resident_bytes
 from isologit.config import ModelConfig
 from isologit.engine.request import GenerationRequest
-from isologit.errors import RequestError
+from isologit.engine.request_limits import RequestLimits
 from isologit.job.memory_plan import MemoryPlan, plan_memory
 from isologit.job.options import RunOptions
 from isologit.job.preprocess import preprocess
@@ -26,12 +27,12 @@ class UnloadedModel:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError for what cannot run whatever memory there is."""
-        length = len(request.prompt_token_ids) + request.params.max_tokens
-        if not request.prompt_token_ids or length > self.config.max_position_embeddings:
-            raise RequestError(
-                f"request {request.request_id}: its prompt is empty, or longer with its answer than the model's "
-                f"context of {self.config.max_position_embeddings}; change the prompt or max_tokens"
-            )
+        RequestLimits(
+            max_model_len=self.config.context_length,
+            max_kv_tokens=sys.maxsize,
+            vocab_size=self.config.vocab_size,
+            has_tokenizer=self.tokenizer is not None,
+        ).check_request(request)
 
 
 def plan_run(options: RunOptions) -> MemoryPlan:
