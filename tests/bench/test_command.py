@@ -306,3 +306,26 @@ def test_the_engine_alone_is_measured_on_the_demo_model(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "l.json").read_text())
     assert len(found["latencies"]) == 2
     assert found["avg_latency"] == pytest.approx(sum(found["latencies"]) / 2)
+    assert found["engine"]["backend"] == "cpu"
+
+
+def test_the_engine_alone_is_measured_on_the_backend_that_is_named(tmp_path: Path) -> None:
+    sizes = (
+        "--batch-size",
+        "1",
+        "--input-len",
+        "3",
+        "--output-len",
+        "2",
+        "--num-iters",
+        "1",
+        "--num-iters-warmup",
+        "0",
+    )
+    done = _run("latency", *sizes, "--backend", "torch", "--output-json", str(tmp_path / "l.json"))
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "l.json").read_text())["engine"]["backend"] == "torch"
+    for command in ("latency", "throughput"):
+        refused = _run(command, "--backend", "none", "--device", "cpu")
+        assert refused.exit_code == 2
+        assert 'backend "none" is unknown' in refused.output

@@ -111,6 +111,11 @@ EngineTokenizer = Annotated[
 MaxNumSeqs = Annotated[int | None, _option(_ENGINE, metavar="N", help="Requests running at once. Default: planned.")]
 MaxNumBatchedTokens = Annotated[int | None, _option(_ENGINE, metavar="N", help="Tokens of one step. Default: planned.")]
 SpeculativeTokens = Annotated[int, _option(_ENGINE, metavar="N", help="Most draft tokens, found by prompt lookup.")]
+EngineBackend = Annotated[
+    str,
+    _option(_ENGINE, "--backend", metavar="NAME", help="What computes: cpu, torch, ...; auto takes the best there is."),
+]
+Device = Annotated[str, _option(_ENGINE, help="Where: cpu, cuda, cuda:1, ...; auto leaves it to the backend.")]
 Threads = Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")]
 WeightCache = Annotated[
     bool, _option(_ENGINE, show_default=False, help="Keep packed weights of large models on disk (on).")
@@ -368,6 +373,8 @@ def throughput(
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
+    backend: EngineBackend = _ENGINE_DEFAULTS.backend,
+    device: Device = _ENGINE_DEFAULTS.device,
     threads: Threads = None,
     weight_cache: WeightCache = _ENGINE_DEFAULTS.weight_cache,
     seed: Annotated[int, _option(_ENGINE, metavar="N", help="Of dummy weights.")] = _ENGINE_DEFAULTS.seed,
@@ -389,6 +396,8 @@ def throughput(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 speculative_config=speculation(speculative_tokens),
+                backend=backend,
+                device=device,
                 num_threads=threads,
                 weight_cache=weight_cache,
                 seed=seed,
@@ -435,6 +444,8 @@ def latency(
     num_iters_warmup: Annotated[int, _option(_PROMPTS, metavar="N", min=0, help="Times before.")] = 10,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
+    backend: EngineBackend = _ENGINE_DEFAULTS.backend,
+    device: Device = _ENGINE_DEFAULTS.device,
     threads: Threads = None,
     weight_cache: WeightCache = _ENGINE_DEFAULTS.weight_cache,
     seed: Annotated[
@@ -456,6 +467,8 @@ def latency(
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=False,
             speculative_config=speculation(speculative_tokens),
+            backend=backend,
+            device=device,
             num_threads=threads,
             weight_cache=weight_cache,
             seed=seed,

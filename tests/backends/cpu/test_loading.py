@@ -77,10 +77,16 @@ def test_opting_out(folder: Path, home: Path, reads: list[str]) -> None:
     assert not home.exists()
 
 
-def test_small_models_and_random_weights_leave_nothing(
-    folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load_weights(dummy_checkpoint(CONFIG), num_threads=2, use_cache=True)
+def test_random_weights_are_kept_by_seed(home: Path, reads: list[str]) -> None:
+    made, again, other = (
+        load_weights(dummy_checkpoint(CONFIG, seed=seed), num_threads=2, use_cache=True) for seed in (1, 1, 2)
+    )
+    assert len(reads) == 2
+    assert np.array_equal(made.memory, again.memory)
+    assert not np.array_equal(made.memory, other.memory)
+
+
+def test_small_models_leave_nothing(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("ISOLOGIT_CACHE", str(home))
     load(folder)

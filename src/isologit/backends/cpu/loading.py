@@ -19,12 +19,13 @@ def load_weights(
     """The checkpoint's weights, packed; its hash is known afterwards.
 
     Large ones are kept in the cache if `use_cache`, and read from it at the next start: then the hash is the one that
-    was found when the weights were packed. Random weights are not kept, since making them is as fast as reading them.
+    was found when the weights were packed. Random weights are kept like any others: making them takes more of a
+    processor than reading them back.
     Memory in use is `packed_bytes(config)` and less than 1 GiB beside them. Raises ModelError for a file that cannot be
     read; a cache that is damaged or cannot be written is a warning.
     """
     config = checkpoint.config
-    if not use_cache or checkpoint.kind == "dummy" or packed_bytes(config) < LEAST_CACHED_BYTES:
+    if not use_cache or packed_bytes(config) < LEAST_CACHED_BYTES:
         return pack(checkpoint, num_threads=num_threads, on_progress=on_progress)
     cache, layout, fingerprint = WeightCache(), layout_name(config), checkpoint.fingerprint()
     kept = cache.find(fingerprint, layout)
