@@ -133,10 +133,10 @@ def test_a_folder_that_holds_results_is_never_overwritten(invoke: Invoke, prompt
 def test_memory_for_one_request_is_checked_before_anything_runs(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isologit.llm._DEFAULT_KV_SHARE", 1e-6)
+    monkeypatch.setattr("isologit.engine.kv_sizes._SHARE", 1e-6)
     file = write_jsonl(tmp_path / "p.jsonl", {"prompt": "Describe the fox.", "max_new_tokens": 900})
     line = refused(invoke, tmp_path / "out", "--dataset", file)
-    assert "MiB" in line
+    assert "do not fit into the key/value memory" in line
 
 
 def test_a_format_that_the_file_does_not_have(invoke: Invoke, model: Path, prompts: Path, tmp_path: Path) -> None:
