@@ -20,7 +20,7 @@ def test_fp8_terms_of_keys_and_values_keep_fifteen_bits() -> None:
     """One term of float16 alone would be ten times further off: the inverse."""
     from isologit.backends.cuda.providers import attention_with, paged_attention
 
-    inputs = OPS["paged_attention"].make_inputs(torch.Generator().manual_seed(0))
+    inputs = OPS["paged_attention"].make_inputs(torch.Generator().manual_seed(1))
     inputs["v"] *= 8
     exact = OPS["paged_attention"].definition(**{name: x.double() for name, x in inputs.items()})
     alone = {**inputs, "v": inputs["v"].half().float()}
