@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from isologit.judge.audits import AUDITS
 from isologit.judge.board import Board
+
+_MARKUP = re.compile(r"[\\`*_\[\]<>#|!&~:@]")
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 """Content security policy of every page: inline style, and nothing else at all."""
@@ -54,9 +57,15 @@ def _templates(*, markdown: bool = False) -> Environment:
     )
     environment.filters["seconds"] = lambda value: "–" if value is None else f"{value:.2f} s"
     environment.filters["plain"] = _plain
+    environment.filters["words"] = _words
     return environment
 
 
 def _plain(text: str) -> str:
     """Without control characters, which a terminal or an editor would obey; one line."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def _words(text: str) -> str:
+    """Words and nothing else in Markdown: no markup, no link, no HTML."""
+    return _MARKUP.sub(r"\\\g<0>", _plain(text))
