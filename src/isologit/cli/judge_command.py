@@ -71,14 +71,14 @@ def resume(round_id: _Round = None, folder: _Folder = _DEFAULT_FOLDER) -> None:
 
 @judge_app.command("again")
 def again(round_id: _Round = None, folder: _Folder = _DEFAULT_FOLDER) -> None:
-    """Judge a finished round again from its evidence, by the audits of today, and list what changes."""
+    """Judge a round again by the audits of today, and list what changes; runs are made only where evidence lacks."""
     with reporting_errors():
         from isologit.judge.board import read_board
         from isologit.judge.database import Database
         from isologit.judge.round import Judge
 
         before = read_board(Database(folder), round_id)
-        Judge(folder, _say).judge(before.round_id)
+        Judge(folder, _say).again(before.round_id)
         after = read_board(Database(folder), before.round_id)
         old = {row.sha256: row for row in before.rows}
         for row in after.rows:

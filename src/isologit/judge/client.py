@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import hashlib
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -23,17 +26,22 @@ from isologit.judge.evidence import ErrorCode, RequestEvidence, RevealedRow
 from isologit.judge.positions import draw_positions
 from isologit.judge.wire import DIALECTS, REQUEST_ID_HEADER, REVEAL_PATH, ROUND_PATH, Answer, JudgeDialect, WireError
 
-_MOST_ANSWER_BYTES = 64 << 20
-_MOST_LINE_BYTES = 4 << 20
+_MOST_BODY_BYTES = 64 << 20
+_ANSWER_BYTES, _TOKEN_BYTES = 256 << 10, 16 << 10  # an answer may have so many, and so many more for each token
+_MOST_LINE_BYTES = 1 << 20
+_MOST_EXTRA_TOKENS = 64  # beyond what was asked for: enough to see that an answer does not end
+_PR_SET_PDEATHSIG = 1
 _CONNECT_S = 30.0
 _SLEEP_STEP_S = 0.001
 _PROGRESS_S = 0.5
+_BEAT_S = 0.01
 
 
 @dataclass
 class ClientPlan:
     """What to send. requests: (id, prompt, max_tokens). arrival_s: ascending seconds. probe: ask for
-    log-probabilities as well. reveal_seed: hexadecimal."""
+    log-probabilities as well. prepare_s: for nonce and warm-up together. silence_s: without a token of any request.
+    reveal_seed: hexadecimal."""
 
     url: str
     dialect: str
@@ -45,6 +53,7 @@ class ClientPlan:
     arrival_s: list[float]
     warm_up: list[tuple[str, str, int]]
     max_concurrency: int | None
+    prepare_s: float
     request_s: float
     run_s: float
     silence_s: float
@@ -54,15 +63,21 @@ class ClientPlan:
 
 @dataclass
 class ClientResult:
-    """What came of it. problem: why the load could not be applied at all; reveal_problem: why no rows came."""
+    """What came of it. lag_s: the longest time that this process was late to look. problem: why the load could not be
+    applied at all; reveal_problem: why no rows came."""
 
     records: list[RequestEvidence] = field(default_factory=list)
     revealed: list[RevealedRow] = field(default_factory=list)
     positions: list[tuple[str, int]] = field(default_factory=list)
     duration_s: float | None = None
+    lag_s: float = 0.0
     problem: str | None = None
     problem_code: ErrorCode | None = None
     reveal_problem: str | None = None
+
+
+_BROKEN = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError, TimeoutError)
+"""What a connection fails with."""
 
 
 class _Refused(Exception):
@@ -81,51 +96,68 @@ class _Client:
         self._zero = 0.0
         self._heard = 0.0
         self._done = 0
+        self._cut = "cut off"
         self._slots = asyncio.Semaphore(plan.max_concurrency or len(plan.requests) or 1)
         self.result = ClientResult()
 
     async def run(self) -> None:
         plan = self._plan
-        timeout = aiohttp.ClientTimeout(total=plan.request_s, sock_connect=_CONNECT_S)
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=plan.request_s, sock_connect=_CONNECT_S),
+            trust_env=False,
+            # NOTE: what comes is what was sent: nothing that unpacks to more, and no cookie that tells requests apart.
+            auto_decompress=False,
+            headers={"Accept-Encoding": "identity"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+        ) as session:
             try:
-                if plan.commit:
-                    await self._post(session, ROUND_PATH, {"nonce": plan.nonce})
-                for request in plan.warm_up:
-                    record = self._record(request, 0.0)
-                    await self._answer(session, record)
-                    if record.status != "completed":
-                        raise _Refused(record.error_code or "status", f"the warm-up failed: {record.error}")
+                async with asyncio.timeout(plan.prepare_s):
+                    await self._prepare(session)
             except _Refused as error:
                 self.result.problem, self.result.problem_code = _line(error), error.code
                 return
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            except TimeoutError:
+                self.result.problem = f"nonce and warm-up took longer than {plan.prepare_s:g} s"
+                self.result.problem_code = "time"
+                return
+            except _BROKEN as error:
                 self.result.problem, self.result.problem_code = _line(error), "connection"
                 return
             await self._load(session)
             if plan.commit:
                 await self._reveal(session)
 
+    async def _prepare(self, session: aiohttp.ClientSession) -> None:
+        plan = self._plan
+        if plan.commit:
+            await self._post(session, ROUND_PATH, {"nonce": plan.nonce})
+        for request in plan.warm_up:
+            record = self._record(request, 0.0)
+            await self._answer(session, record)
+            if record.status != "completed":
+                raise _Refused(record.error_code or "status", f"the warm-up failed: {record.error}")
+
     async def _load(self, session: aiohttp.ClientSession) -> None:
         plan = self._plan
         records = [self._record(r, due) for r, due in zip(plan.requests, plan.arrival_s, strict=True)]
         self.result.records = records
-        self._zero = time.perf_counter()
+        self._zero, self._heard, self._done = time.perf_counter(), 0.0, 0
         tasks: list[asyncio.Task[None]] = []
         watch = asyncio.ensure_future(self._watch())
         sender = asyncio.ensure_future(self._send_all(session, records, tasks))
+        lag = asyncio.ensure_future(self._measure_lag())
         try:
             await asyncio.wait((sender, watch), return_when=asyncio.FIRST_COMPLETED)
             while not watch.done() and (waiting := [task for task in tasks if not task.done()]):
                 await asyncio.wait((watch, *waiting), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (sender, watch, *tasks):
+            for task in (sender, watch, lag, *tasks):
                 task.cancel()
-            await asyncio.gather(sender, watch, *tasks, return_exceptions=True)
+            await asyncio.gather(sender, watch, lag, *tasks, return_exceptions=True)
         for record in records:
             if record.status == "pending":
-                _fail(record, "time", "not sent before the run's time was over")
+                _fail(record, "time", self._cut if record.sent_s is not None else f"not sent; {self._cut}")
         ends = [record.finished_s for record in records if record.finished_s is not None]
         self.result.duration_s = max(ends, default=0.0)
 
@@ -149,8 +181,18 @@ class _Client:
             print(
                 json.dumps({"done": self._done, "total": len(self._plan.requests), "second": round(now, 1)}), flush=True
             )
-            if now > self._plan.run_s or now - self._heard > self._plan.silence_s:
+            if now > self._plan.run_s:
+                self._cut = f"cut off: the run took longer than {self._plan.run_s:g} s"
                 return
+            if now - self._heard > self._plan.silence_s:
+                self._cut = f"cut off: no token of any request came for {self._plan.silence_s:g} s"
+                return
+
+    async def _measure_lag(self) -> None:
+        while True:
+            begun = time.perf_counter()
+            await asyncio.sleep(_BEAT_S)
+            self.result.lag_s = max(self.result.lag_s, time.perf_counter() - begun - _BEAT_S)
 
     def _record(self, request: tuple[str, str, int], due_s: float) -> RequestEvidence:
         name, prompt, max_tokens = request
@@ -166,13 +208,13 @@ class _Client:
                 await self._stream(session, record, answer)
             record.status = "completed"
         except asyncio.CancelledError:
-            _fail(record, "time", "cut off when the run's time was over")
+            _fail(record, "time", self._cut)
             raise
         except _Refused as error:
             _fail(record, error.code, _line(error))
         except TimeoutError:
             _fail(record, "time", f"took longer than {self._plan.request_s:g} s")
-        except (aiohttp.ClientError, OSError) as error:
+        except _BROKEN as error:
             _fail(record, "connection", f"{type(error).__name__}: {_line(error)}")
         finally:
             self._done += 1
@@ -187,28 +229,39 @@ class _Client:
         plan = self._plan
         body = self._dialect.body(plan.model, record.prompt, record.max_tokens, self._logprobs)
         url = plan.url + self._dialect.path.replace("{model}", plan.model)
-        async with session.post(url, json=body, headers={REQUEST_ID_HEADER: record.id}) as response:
+        headers = {REQUEST_ID_HEADER: record.id}
+        most_bytes = _ANSWER_BYTES + record.max_tokens * _TOKEN_BYTES
+        async with session.post(url, json=body, headers=headers, allow_redirects=False) as response:
             if response.status != 200:
                 said = (await response.content.read(2000)).decode(errors="replace")
                 raise _Refused("status", f"status {response.status}: {' '.join(said.split())[:200]}")
-            waiting, size = b"", 0
+            waiting, size = bytearray(), 0
             async for chunk in response.content.iter_any():
-                now = self._heard = self._now()
+                now = self._now()
                 size += len(chunk)
-                if size > _MOST_ANSWER_BYTES:
-                    raise _Refused("size", f"an answer of more than {_MOST_ANSWER_BYTES >> 20} MiB")
-                *lines, waiting = (waiting + chunk).split(b"\n")
+                if size > most_bytes:
+                    raise _Refused("size", f"an answer of more than {most_bytes >> 10} KiB")
+                whole, newline, rest = chunk.rpartition(b"\n")
+                if not newline:
+                    waiting += rest
+                else:
+                    lines, waiting = (bytes(waiting) + whole).split(b"\n"), bytearray(rest)
+                    self._read_all(lines, now, record, answer)
                 if len(waiting) > _MOST_LINE_BYTES:
                     raise _Refused("size", f"a line of more than {_MOST_LINE_BYTES >> 20} MiB")
-                tokens = sum(self._read(line, answer) for line in lines)
-                if tokens:
-                    record.arrivals.append((now, tokens))
-            tokens = self._read(waiting, answer)
-            if tokens:
-                record.arrivals.append((self._now(), tokens))
+            self._read_all([bytes(waiting)], self._now(), record, answer)
         record.finished_s = self._now()
         if not answer.ended:
             raise _Refused("end", "the stream ended without the dialect's last message")
+
+    def _read_all(self, lines: list[bytes], now: float, record: RequestEvidence, answer: Answer) -> None:
+        """Lines that came together."""
+        tokens = sum(self._read(line, answer) for line in lines)
+        if tokens:
+            self._heard = now
+            record.arrivals.append((now, tokens))
+        if len(answer.token_ids) > record.max_tokens + _MOST_EXTRA_TOKENS:
+            raise _Refused("size", f"does not end: {len(answer.token_ids)} tokens, {record.max_tokens} were asked for")
 
     def _read(self, line: bytes, answer: Answer) -> int:
         """Tokens in one line of the stream."""
@@ -226,7 +279,7 @@ class _Client:
             raise _Refused("json", f"a message is not JSON: {_line(error)}") from None
         try:
             return self._dialect.read(value, answer)
-        except (WireError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (WireError, ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise _Refused(
                 "dialect", f"a message is not the dialect's: {type(error).__name__}: {_line(error)}"
             ) from None
@@ -236,22 +289,25 @@ class _Client:
         lengths = {r.id: len(r.token_ids) for r in result.records if r.status == "completed" and r.token_ids}
         result.positions = draw_positions(lengths, bytes.fromhex(plan.reveal_seed), plan.reveal_rows)
         asked = [{"request_id": name, "index": index} for name, index in result.positions]
+        wanted = set(result.positions)
         try:
             found = await self._post(session, REVEAL_PATH, {"positions": asked})
             for row in found["rows"]:
-                hidden = row["hidden"]
+                name, index, hidden = row["request_id"], row["index"], row["hidden"]
                 base64.b64decode(hidden, validate=True)
-                result.revealed.append(RevealedRow(str(row["request_id"]), int(row["index"]), hidden))
-        except (_Refused, aiohttp.ClientError, OSError, TimeoutError, ValueError, TypeError, LookupError) as error:
+                if (name, index) in wanted:
+                    result.revealed.append(RevealedRow(name, int(index), hidden))
+        except (_Refused, *_BROKEN, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            result.revealed.clear()
             result.reveal_problem = _line(error)
 
     async def _post(self, session: aiohttp.ClientSession, path: str, body: Any) -> Any:
-        async with session.post(self._plan.url + path, json=body) as response:
+        async with session.post(self._plan.url + path, json=body, allow_redirects=False) as response:
             raw = bytearray()
             async for chunk in response.content.iter_any():
                 raw += chunk
-                if len(raw) > _MOST_ANSWER_BYTES:
-                    raise _Refused("size", f"{path}: an answer of more than {_MOST_ANSWER_BYTES >> 20} MiB")
+                if len(raw) > _MOST_BODY_BYTES:
+                    raise _Refused("size", f"{path}: an answer of more than {_MOST_BODY_BYTES >> 20} MiB")
             if response.status != 200:
                 raise _Refused("status", f"{path}: status {response.status}")
         try:
@@ -274,8 +330,11 @@ def apply_load(plan: ClientPlan) -> ClientResult:
     return client.result
 
 
-def main(plan_file: str, result_file: str) -> None:
-    """`python -m isologit.judge.client PLAN RESULT`, two JSON files."""
+def main(plan_file: str, result_file: str, judge_pid: str) -> None:
+    """`python -m isologit.judge.client PLAN RESULT JUDGE_PID`, two JSON files and the process that it ends with."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(judge_pid):
+        return
     plan = ClientPlan(**json.loads(Path(plan_file).read_text(encoding="utf-8")))
     partial = Path(result_file + ".partial")
     partial.write_text(json.dumps(asdict(apply_load(plan)), allow_nan=False), encoding="utf-8")

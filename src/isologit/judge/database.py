@@ -16,6 +16,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import JSON, ForeignKey, String, UniqueConstraint, create_engine, event
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 
 from isologit.errors import UserError
@@ -131,9 +132,13 @@ class Database:
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """One transaction: committed at the end, rolled back when an exception leaves it."""
-        with self._sessions.begin() as session:
-            yield session
+        """One transaction: committed at the end, rolled back when an exception leaves it. Raises DatabaseError."""
+        try:
+            with self._sessions.begin() as session:
+                yield session
+        except OperationalError as error:
+            said = " ".join(str(error.orig).split())
+            raise DatabaseError(f"{self.folder / DATABASE_FILE}: {said}; nothing was lost: run it again") from error
 
     def close(self) -> None:
         """Close all connections."""

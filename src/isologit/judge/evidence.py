@@ -60,6 +60,11 @@ class RequestEvidence:
     error: str | None = None
     error_code: ErrorCode | None = None
 
+    @classmethod
+    def from_dict(cls, line: dict[str, Any]) -> RequestEvidence:
+        """From its JSON. Raises TypeError, ValueError or LookupError for anything else."""
+        return cls(**{**line, "arrivals": [(float(second), int(count)) for second, count in line["arrivals"]]})
+
     def fingerprint_rows(self) -> np.ndarray:
         """float32 [n, 16]."""
         raw = b"".join(base64.b64decode(row) for row in self.fingerprints)
@@ -98,6 +103,7 @@ class ProcessFacts:
     scratch_was_empty: bool = True
     sandbox: str = "none"
     mounts: list[str] = field(default_factory=list)
+    own_namespaces: list[str] = field(default_factory=list)
     allowed_mounts: list[str] = field(default_factory=list)
     problem: str | None = None
 
@@ -109,7 +115,8 @@ class RunEvidence:
     positions: (request id, output index) that the entry was asked to reveal. canary_s: seconds of the fixed kernel
     before and after. peak_flop_per_s: of the
     judge's own matrix product on the cores that the entry has. void: the machine drifted; its time does not count, but
-    whatever else was found in it does.
+    whatever else was found in it does. client_lag_s: the longest time that the judge's own load was late to look at
+    what had come.
     """
 
     round_id: str
@@ -128,6 +135,7 @@ class RunEvidence:
     void: bool = False
     client_problem: str | None = None
     client_problem_code: ErrorCode | None = None
+    client_lag_s: float | None = None
     reveal_problem: str | None = None
     positions: list[tuple[str, int]] = field(default_factory=list)
     records: list[RequestEvidence] = field(default_factory=list)
@@ -146,7 +154,7 @@ class RunEvidence:
         """The run in `folder`. Raises EvidenceError when a file is missing or was altered out of shape."""
         try:
             whole = strict_json.loads((folder / RUN_FILE).read_bytes())
-            records = [RequestEvidence(**_pairs(line)) for line in _read_lines(folder / RECORDS_FILE)]
+            records = [RequestEvidence.from_dict(line) for line in _read_lines(folder / RECORDS_FILE)]
             revealed = [RevealedRow(**line) for line in _read_lines(folder / REVEALED_FILE)]
             process = ProcessFacts(**whole.pop("process"))
             positions = [(str(name), int(index)) for name, index in whole.pop("positions")]
@@ -161,10 +169,6 @@ class RunEvidence:
             )
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise EvidenceError(f"{folder}: not a run's evidence ({' '.join(str(error).split())})") from None
-
-
-def _pairs(line: dict[str, Any]) -> dict[str, Any]:
-    return {**line, "arrivals": [(float(second), int(count)) for second, count in line["arrivals"]]}
 
 
 def _write_lines(file: Path, items: Iterable[Any]) -> None:

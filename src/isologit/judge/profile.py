@@ -33,7 +33,10 @@ class Load(_Part):
 
 
 class Limits(_Part):
-    """What an entry may use. Seconds, GiB, MiB and counts; start_cpu_s is processor time before the first request."""
+    """What an entry may use. Seconds, GiB, MiB and counts; start_cpu_s is processor time before the first request.
+
+    silence_s: without a token of any request. cores: pinned to the first ones that the judge has; None for all.
+    """
 
     start_s: PositiveFloat = 300.0
     start_cpu_s: PositiveFloat = 600.0
@@ -44,6 +47,7 @@ class Limits(_Part):
     scratch_gib: PositiveFloat = 4.0
     output_mib: PositiveFloat = 16.0
     processes: PositiveInt = 512
+    cores: PositiveInt | None = None
     silence_s: PositiveFloat = 600.0
 
 

@@ -6,15 +6,18 @@ its folder was renamed, and whatever was half done is done again without countin
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
 
 from isologit.common.environment import describe_environment
 from isologit.errors import ModelError, UserError
@@ -23,7 +26,7 @@ from isologit.judge.audits.base import Case
 from isologit.judge.canary import canary_seconds, peak_flop_per_s
 from isologit.judge.database import JUDGED, Database, EntryRow, RoundRow, RunRow, VerdictRow, now
 from isologit.judge.entry import Entry, EntryError, look
-from isologit.judge.evidence import RunEvidence, RunKind
+from isologit.judge.evidence import EvidenceError, RunEvidence, RunKind
 from isologit.judge.perturb import perturbed_model
 from isologit.judge.profile import Profile
 from isologit.judge.prompts import RoundPrompts, draw_prompts
@@ -36,8 +39,9 @@ from isologit.text.tokenizer import load_tokenizer
 from isologit.workload import demo_model_path
 
 ENTRIES, RUNS, LOGS, PERTURBED = "entries", "runs", "logs", "perturbed"
+LOCK_FILE = "judge.lock"
 _AUDIT_REPEATS = 2  # runs of each kind besides the timed ones
-_MOST_ATTEMPTS = 3
+_MOST_VOIDS = 2  # of one run: afterwards it counts, whatever the machine does
 
 
 class JudgeError(UserError):
@@ -92,7 +96,6 @@ class Judge:
         where = model_folder(profile, model)
         seed = seed or RoundSeed.draw()
         frozen = [self._freeze(entry) for entry in entries]
-        kinds = run_kinds(profile)
         round_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + seed.published[:6]
         with self.database.session() as session:
             rows = {name: self._entry_row(session, entry) for name, entry in zip(names, frozen, strict=True)}
@@ -111,21 +114,8 @@ class Judge:
                 finished_at=None,
             )
             session.add(round_row)
-            for place, (name, kind, repeat) in enumerate(_order(names, kinds, profile, seed)):
-                session.add(
-                    RunRow(
-                        id=f"{round_id}-{rows[name].id}-{kind}-{repeat}-1",
-                        round_id=round_id,
-                        entry_id=rows[name].id,
-                        kind=kind,
-                        repeat=repeat,
-                        attempt=1,
-                        place=float(place),
-                        state="queued",
-                        note="",
-                        duration_s=None,
-                    )
-                )
+            for place, (name, kind, repeat) in enumerate(order_of_runs(names, profile, seed)):
+                session.add(_queued(round_id, rows[name].id, kind, repeat, float(place)))
         return round_id
 
     def _freeze(self, entry: Entry) -> Entry:
@@ -158,38 +148,117 @@ class Judge:
     # -- running --------------------------------------------------------------------------------------------------
 
     def run(self, round_id: str) -> None:
-        """Do every run that is not final, then judge. Called again after a kill, it goes on where it was."""
-        self._recover(round_id)
+        """Do every run that is not final, then judge. Called again after a kill, it goes on where it was.
+
+        Raises JudgeError while another judge works in this folder.
+        """
+        with self._alone():
+            profile = self._profile(round_id)
+            self._recover(round_id)
+            if not self._finished(round_id):
+                self._complete(round_id, profile)
+
+    def again(self, round_id: str) -> None:
+        """Judge a round again by the audits of today: from its evidence, and from new runs where that does not do."""
+        with self._alone():
+            profile = self._profile(round_id)
+            self._recover(round_id)
+            self._queue_missing(round_id, profile)
+            self._complete(round_id, profile)
+
+    def _complete(self, round_id: str, profile: Profile) -> None:
         with self.database.session() as session:
             found = session.get(RoundRow, round_id)
-            if found is None:
-                raise JudgeError(f"{round_id}: no such round in {self.folder}")
-            profile = Profile.model_validate(found.profile)
+            assert found is not None
             model, seed, practice = Path(found.model), RoundSeed.from_hex(found.seed), found.practice
-            finished = found.state == "finished"
-        if finished:
-            return
         tokenizer = load_tokenizer(model)
         if tokenizer is None:
             raise ModelError(f"{model}: a judge needs the model's tokenizer beside its weights")
         prompts = draw_prompts(profile, seed, tokenizer)
-        while (run := self._next(round_id)) is not None:
-            self._perform(run, profile, prompts, model, seed, practice)
+        while True:
+            while (run := self._next(round_id)) is not None:
+                self._perform(run, profile, prompts, model, seed, practice)
+            if not self._queue_damaged(round_id):
+                break
         self._say(round_id, "checking against the reference")
         self.judge(round_id)
         with self.database.session() as session:
             session.execute(update(RoundRow).where(RoundRow.id == round_id).values(state="finished", finished_at=now()))
         self._say(round_id, "finished")
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One judge at a time: two of them would do the same runs, and disturb each other's times."""
+        with (self.folder / LOCK_FILE).open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise JudgeError(
+                    f"{self.folder}: another judge is at work here (process {file.read().strip()}); wait for its end, "
+                    "or give another --folder"
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def _profile(self, round_id: str) -> Profile:
+        with self.database.session() as session:
+            found = session.get(RoundRow, round_id)
+            if found is None:
+                raise JudgeError(f"{round_id}: no such round in {self.folder}")
+            return Profile.model_validate(found.profile)
+
+    def _finished(self, round_id: str) -> bool:
+        with self.database.session() as session:
+            return session.scalar(select(RoundRow.state).where(RoundRow.id == round_id)) == "finished"
+
     def _recover(self, round_id: str) -> None:
         """Give every run that a dead judge left `running` a final state: its folder is there, or it is done again."""
         with self.database.session() as session:
             for run in session.scalars(select(RunRow).where(RunRow.round_id == round_id, RunRow.state == "running")):
-                if (self.folder / RUNS / run.id).is_dir():
-                    self._settle(session, run, RunEvidence.read(self.folder / RUNS / run.id))
-                else:
+                shutil.rmtree(self._partial(run.id), ignore_errors=True)
+                evidence = self._evidence(run.id)
+                if evidence is None:
                     run.state, run.note = "abandoned", "the judge ended during this run; it was done again"
                     session.add(_again(run))
+                else:
+                    self._settle(session, run, evidence)
+
+    def _queue_damaged(self, round_id: str) -> bool:
+        """Queue runs again whose evidence can no longer be read; whether there were any."""
+        found = False
+        with self.database.session() as session:
+            for run in session.scalars(select(RunRow).where(RunRow.round_id == round_id, RunRow.state.in_(JUDGED))):
+                if self._evidence(run.id) is None:
+                    found = True
+                    run.state, run.note = "abandoned", "its evidence was damaged on the judge's disk; it was done again"
+                    session.add(_again(run))
+        return found
+
+    def _queue_missing(self, round_id: str, profile: Profile) -> None:
+        """Queue the runs that the audits of today want and the round has not."""
+        with self.database.session() as session:
+            found = session.get(RoundRow, round_id)
+            assert found is not None
+            entries = {run.entry.name: run.entry_id for run in found.runs}
+            there = {(run.entry_id, run.kind, run.repeat) for run in found.runs}
+            last = max((run.place for run in found.runs), default=0.0)
+            for name, kind, repeat in order_of_runs(list(entries), profile, RoundSeed.from_hex(found.seed)):
+                if (entries[name], kind, repeat) not in there:
+                    last += 1.0
+                    session.add(_queued(round_id, entries[name], kind, repeat, last))
+                    found.state, found.finished_at = "running", None
+
+    def _evidence(self, run_id: str) -> RunEvidence | None:
+        try:
+            return RunEvidence.read(self.folder / RUNS / run_id)
+        except EvidenceError:
+            return None
+
+    def _partial(self, run_id: str) -> Path:
+        return self.folder / RUNS / f"{run_id}.partial"
 
     def _next(self, round_id: str) -> RunRow | None:
         with self.database.session() as session:
@@ -211,7 +280,7 @@ class Judge:
         entry = Entry(self.folder / ENTRIES / run.entry.sha256)
         kind: RunKind = run.kind  # type: ignore[assignment]
         where = self._perturbed(run, model, seed) if kind == "perturbed" else model
-        partial = self.folder / RUNS / f"{run.id}.partial"
+        partial = self._partial(run.id)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         before = canary_seconds()
@@ -220,7 +289,7 @@ class Judge:
         evidence.canary_s = (before, canary_seconds())
         evidence.peak_flop_per_s = peak_flop_per_s()
         drift = abs(evidence.canary_s[1] / evidence.canary_s[0] - 1)
-        evidence.void = kind == "timed" and drift > profile.canary_drift and run.attempt < _MOST_ATTEMPTS
+        evidence.void = drift > profile.canary_drift and self._may_be_void(run)
         (partial / "output.log").write_bytes(log)
         evidence.write(partial)
         os.replace(partial, self.folder / RUNS / run.id)
@@ -229,8 +298,15 @@ class Judge:
             assert row is not None
             self._settle(session, row, evidence)
 
+    def _may_be_void(self, run: RunRow) -> bool:
+        """Whether this run may be done once more when the machine drifts; interruptions do not count."""
+        same = (RunRow.round_id == run.round_id, RunRow.entry_id == run.entry_id, RunRow.kind == run.kind)
+        voids = select(func.count()).where(*same, RunRow.repeat == run.repeat, RunRow.state == "voided")
+        with self.database.session() as session:
+            return run.kind == "timed" and (session.scalar(voids) or 0) < _MOST_VOIDS
+
     @staticmethod
-    def _settle(session: Any, run: RunRow, evidence: RunEvidence) -> None:
+    def _settle(session: Session, run: RunRow, evidence: RunEvidence) -> None:
         """The final state of a run whose evidence is there; a voided one is queued again."""
         run.state, run.duration_s = "done", evidence.duration_s
         if evidence.void:
@@ -321,11 +397,12 @@ def run_kinds(profile: Profile) -> dict[RunKind, int]:
     return wanted
 
 
-def _order(
-    names: Sequence[str], kinds: dict[RunKind, int], profile: Profile, seed: RoundSeed
-) -> Iterable[tuple[str, RunKind, int]]:
-    """(entry, kind, repeat) in the order of the round: repeat by repeat, kinds and entries in random order in each."""
-    generator = seed.generator("interleaving")
+def order_of_runs(names: Sequence[str], profile: Profile, seed: RoundSeed) -> Iterable[tuple[str, RunKind, int]]:
+    """(entry, kind, repeat) in the order of the round: repeat by repeat, kinds and entries in random order in each.
+
+    It does not depend on the order of the names.
+    """
+    generator, names, kinds = seed.generator("interleaving"), sorted(names), run_kinds(profile)
     listed = list(kinds)
     for repeat in range(max(kinds.values())):
         for place in generator.permutation(len(listed)):
@@ -337,15 +414,18 @@ def _order(
 
 def _again(run: RunRow) -> RunRow:
     """The next attempt at a run, in the same place."""
-    attempt = run.attempt + 1
+    return _queued(run.round_id, run.entry_id, run.kind, run.repeat, run.place, run.attempt + 1)
+
+
+def _queued(round_id: str, entry_id: int, kind: str, repeat: int, place: float, attempt: int = 1) -> RunRow:
     return RunRow(
-        id=f"{run.id.rsplit('-', 1)[0]}-{attempt}",
-        round_id=run.round_id,
-        entry_id=run.entry_id,
-        kind=run.kind,
-        repeat=run.repeat,
+        id=f"{round_id}-{entry_id}-{kind}-{repeat}-{attempt}",
+        round_id=round_id,
+        entry_id=entry_id,
+        kind=kind,
+        repeat=repeat,
         attempt=attempt,
-        place=run.place,
+        place=place,
         state="queued",
         note="",
         duration_s=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -49,10 +50,11 @@ def perform_run(
 ) -> tuple[RunEvidence, bytes]:
     """Evidence, and the end of what the entry wrote. folder: for the load's own files, which are gone afterwards.
 
-    Whatever the entry does, this ends within the profile's limits and raises nothing.
+    Whatever the entry does, this ends within the profile's limits and raises nothing. Raises SandboxError when the
+    judge's own sandbox fails.
     """
     nonce = seed.derive("nonce", spec.label).hex()
-    process = EntryProcess(entry, model, profile.limits, practice=practice)
+    process = EntryProcess(entry, model, profile.limits, folder, practice=practice)
     evidence = RunEvidence(
         round_id=spec.round_id,
         run_id=spec.run_id,
@@ -103,6 +105,7 @@ def _client_plan(
         arrival_s=gaps,
         warm_up=prompts.of_warm_up(seed, spec.label),
         max_concurrency=load.max_concurrency,
+        prepare_s=profile.limits.start_s,
         request_s=profile.limits.request_s,
         run_s=profile.limits.run_s,
         silence_s=profile.limits.silence_s,
@@ -115,8 +118,9 @@ def _load(plan: ClientPlan, running: Running, folder: Path, profile: Profile, ev
     """Apply the load in a process of its own, in the entry's network; its result becomes evidence."""
     plan_file, result_file = folder / "plan.json", folder / "client.json"
     plan_file.write_text(json.dumps(asdict(plan)), encoding="utf-8")
-    command = running.beside([sys.executable, "-m", "isologit.judge.client", plan_file, result_file])
-    limit_s = profile.limits.run_s + profile.limits.request_s + _CLIENT_GRACE_S
+    command = running.beside([sys.executable, "-m", "isologit.judge.client", plan_file, result_file, str(os.getpid())])
+    limits = profile.limits
+    limit_s = limits.start_s + limits.run_s + limits.request_s + _CLIENT_GRACE_S
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
         said = " ".join(done.stderr.split())[-300:]
@@ -128,9 +132,10 @@ def _load(plan: ClientPlan, running: Running, folder: Path, profile: Profile, ev
     found = json.loads(result_file.read_text(encoding="utf-8"))
     plan_file.unlink()
     result_file.unlink()
-    evidence.records = [RequestEvidence(**record) for record in found["records"]]
+    evidence.records = [RequestEvidence.from_dict(record) for record in found["records"]]
     evidence.revealed = [RevealedRow(**row) for row in found["revealed"]]
     evidence.positions = [(name, index) for name, index in found["positions"]]
     evidence.duration_s = found["duration_s"]
+    evidence.client_lag_s = found["lag_s"]
     evidence.client_problem, evidence.client_problem_code = found["problem"], found["problem_code"]
     evidence.reveal_problem = found["reveal_problem"]

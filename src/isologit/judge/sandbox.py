@@ -5,6 +5,7 @@ Owns mounts and limits; starts nothing.
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from isologit.judge.profile import Limits
 ENTRY, MODEL, SCRATCH, SUPERVISOR = "/entry", "/model", "/scratch", "/judge/supervisor.py"
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": SCRATCH, "TMPDIR": "/tmp"}
+WRITABLE = ("/tmp", SCRATCH, "/dev/shm")
 _OPEN_FILES = 65536
 
 
@@ -48,17 +50,20 @@ def sandboxed(
 ) -> tuple[list[str], list[str]]:
     """The command inside bubblewrap, and the mount points that it may see.
 
-    Read-only: system, Python's runtime, entry, weights. Writable: a scratch and /tmp in memory, with a limit. No
-    network but its own loopback, no capabilities, no other process, an environment that is made here.
+    Read-only: system, Python's runtime, entry, weights. Writable: a scratch, /tmp and /dev/shm in memory, each with a
+    limit. No network but its own loopback, no capabilities, no other process, an environment that is made here.
     """
     scratch_bytes = int(limits.scratch_gib * (1 << 30))
     binds = [(path, path) for path in _runtime()]
     binds += [(str(entry), ENTRY), (str(model), MODEL), (str(_supervisor_file()), SUPERVISOR)]
     words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     words += ["--info-fd", str(info_fd), "--proc", "/proc", "--dev", "/dev"]
-    words += ["--size", str(scratch_bytes), "--tmpfs", "/tmp", "--size", str(scratch_bytes), "--tmpfs", SCRATCH]
+    for place in WRITABLE:
+        words += ["--size", str(scratch_bytes), "--tmpfs", place]
     for source, target in binds:
         words += ["--ro-bind", source, target]
+    for place in ("/", "/dev"):  # NOTE: both are memory without a limit
+        words += ["--remount-ro", place]
     for name, value in {**_ENVIRONMENT, **environment}.items():
         words += ["--setenv", name, value]
     words += ["--chdir", ENTRY, "--", *command]
@@ -66,9 +71,11 @@ def sandboxed(
 
 
 def limit(limits: Limits) -> Callable[[], None]:
-    """What a new process does before it becomes the entry: memory, files, no core dumps; niceness stays."""
+    """What a new process does before it becomes the entry: cores, memory, files, no core dumps; niceness stays."""
 
     def apply() -> None:
+        if limits.cores is not None:
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: limits.cores])
         memory = int(limits.memory_gib * (1 << 30))
         resource.setrlimit(resource.RLIMIT_AS, (4 * memory, 4 * memory))  # NOTE: runtimes reserve more than they use
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

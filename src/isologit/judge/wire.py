@@ -84,10 +84,11 @@ def _read_openai(value: Any, answer: Answer) -> int:
     logprobs = choice.get("logprobs")
     if logprobs is not None and logprobs.get("top_logprobs"):
         for listed in logprobs["top_logprobs"]:
-            answer.top_logprobs.append({_text(text): float(number) for text, number in (listed or {}).items()})
+            answer.top_logprobs.append({_text(text): _number(number) for text, number in (listed or {}).items()})
         if not ids:
             ids = [-1] * len(logprobs["top_logprobs"])
-    answer.finish_reason = choice.get("finish_reason")
+    reason = choice.get("finish_reason")
+    answer.finish_reason = None if reason is None else _text(reason)
     return _add_tokens(value, ids, answer)
 
 
@@ -126,7 +127,7 @@ def _read_tgi(value: Any, answer: Answer) -> int:
         answer.reported_tokens = _count(value["details"]["generated_tokens"])
         answer.ended = True
     if value.get("top_tokens"):
-        answer.top_logprobs.append({_text(t["text"]): float(t["logprob"]) for t in value["top_tokens"]})
+        answer.top_logprobs.append({_text(t["text"]): _number(t["logprob"]) for t in value["top_tokens"]})
     return _add_tokens(value, [_count(token["id"])], answer)
 
 
@@ -171,9 +172,15 @@ def _bytes(text: Any, size: int) -> bytes:
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
         raise WireError(f"not a number of tokens or a token id: {_short(value)}")
     return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise WireError(f"not a number: {_short(value)}")
+    return float(value)
 
 
 def _text(value: Any) -> str:

@@ -21,7 +21,7 @@ class Conservation:
         for run in case.runs:
             if run.client_problem is not None:
                 found.append(
-                    Finding("conservation.no_load", f"no load could be applied: {run.client_problem}", run.run_id)
+                    Finding("conservation.no_load", f"the run has no result: {run.client_problem}", run.run_id)
                 )
                 continue
             twice = [name for name, count in Counter(r.id for r in run.records).items() if count > 1]

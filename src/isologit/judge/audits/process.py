@@ -96,8 +96,11 @@ class Mounts:
     runs: tuple[RunKind, ...] = ()
 
     def verify(self, case: Case) -> list[Finding]:
-        """Mounts of the entry's process that the judge did not make."""
+        """Mounts of the entry's processes that the judge did not make, and namespaces in which there could be some."""
         for run in case.runs:
+            if run.process.own_namespaces:
+                message = f"a process made namespaces of its own ({', '.join(run.process.own_namespaces)})"
+                return [Finding("mounts.namespaces", message, run.run_id)]
             strange = sorted(set(run.process.mounts) - set(run.process.allowed_mounts))
             if strange:
                 return [Finding("mounts.other", f"the process sees {strange[0]}, which is not on the list", run.run_id)]
