@@ -233,6 +233,7 @@ class Judge:
             for run in session.scalars(select(RunRow).where(RunRow.round_id == round_id, RunRow.state.in_(JUDGED))):
                 if self._evidence(run.id) is None:
                     found = True
+                    shutil.rmtree(self.folder / RUNS / run.id, ignore_errors=True)
                     run.state, run.note = "abandoned", "its evidence was damaged on the judge's disk; it was done again"
                     session.add(_again(run))
         return found
