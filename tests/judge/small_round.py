@@ -17,7 +17,7 @@ AUDITS = ("conservation", "stream", "endings", "rescoring", "fingerprint", "comm
 PROFILE = Profile(
     name="small",
     title="A small round",
-    prompts=Prompts(count=4, held_out=2, twins=2),
+    prompts=Prompts(count=4),
     load=Load(warm_up=1),
     limits=Limits(start_s=60, request_s=60, run_s=120, stop_s=2),
     repeats=1,

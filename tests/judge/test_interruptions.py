@@ -191,13 +191,13 @@ def test_a_newer_audit_queues_the_runs_that_it_wants(finished_round: tuple[Path,
     with Database(folder).session() as session:
         row = session.get(RoundRow, round_id)
         assert row is not None
-        row.profile = {**row.profile, "audits": [*row.profile["audits"], "nonce"]}
+        row.profile = {**row.profile, "audits": [*row.profile["audits"], "request_bodies"]}
         profile = Profile.model_validate(row.profile)
         before = {run.id for run in row.runs}
     Judge(folder).again(round_id)
     with Database(folder).session() as session:
         runs = list(session.scalars(select(RunRow).where(RunRow.round_id == round_id)))
-        assert [(run.kind, run.state) for run in runs if run.id not in before] == [("known", "done")] * 4
+        assert [(run.kind, run.state) for run in runs if run.id not in before] == [("probed", "done")] * 4
         assert len(list(session.scalars(select(VerdictRow)))) == 4
     assert len(list(order_of_runs([row.name for row in read_board(Database(folder)).rows], profile, SEED))) == len(runs)
     assert read_board(Database(folder), round_id).state == "finished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from isologit.workload import demo_model_path
 
 HOSTILE = Path(__file__).parent / "hostile"
 SEED = RoundSeed(bytes(32))
-PROMPTS = RoundPrompts([(f"r{i}", "Hello", 4) for i in range(3)], [], 1, 1)
+PROMPTS = RoundPrompts([(f"r{i}", "Hello", 4) for i in range(3)], [], [("w", "Warm", 4)])
 LIMITS = Limits(
     start_s=10,
     request_s=6,
@@ -90,6 +91,7 @@ def processes_with(word: str) -> list[str]:
 
 def surroundings() -> dict[str, object]:
     """What a run could leave in and around the judge."""
+    gc.collect()  # what other tests left
     return {
         "children": [child.pid for child in psutil.Process().children(recursive=True)],
         "descriptors": len(os.listdir("/proc/self/fd")),

@@ -234,8 +234,9 @@ class Judge:
                 if self._evidence(run.id) is None:
                     found = True
                     shutil.rmtree(self.folder / RUNS / run.id, ignore_errors=True)
+                    if run.state == "done":  # a voided one was done again already
+                        session.add(_again(run))
                     run.state, run.note = "abandoned", "its evidence was damaged on the judge's disk; it was done again"
-                    session.add(_again(run))
         return found
 
     def _queue_missing(self, round_id: str, profile: Profile) -> None:

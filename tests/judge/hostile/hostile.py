@@ -1,6 +1,6 @@
 """Entries that harm a judge, by name: `hostile.py MODE PORT SCRATCH TOKEN`. Standard library only: they start at once.
 
-Whoever gets past the start answers the health path and the warm-up (request ids that begin with w) as a server would.
+Whoever gets past the start answers the health path and the warm-up as a server would.
 """
 
 import gzip
@@ -185,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        first = self.headers["X-Request-Id"].startswith("w")
+        first = body["prompt"] == "Warm"
         if first and MODE == "sends nothing to the warm-up":
             time.sleep(600)
         if not first and MODE in INSTEAD:
