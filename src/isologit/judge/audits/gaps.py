@@ -29,7 +29,7 @@ class Gaps:
         """Runs in which half of the longer answers arrived in one piece."""
         found = []
         for run in case.runs:
-            longer = [record for record in case.answers(run) if len(record.token_ids) >= _LEAST_TOKENS]
+            longer = [record for record in case.completed(run) if len(record.token_ids) >= _LEAST_TOKENS]
             at_once = _held_back(run, longer)
             if len(longer) >= _LEAST_ANSWERS and len(at_once) > _SHARE * len(longer):
                 message = (
