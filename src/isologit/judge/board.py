@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.resources import files
 from statistics import median
@@ -48,7 +48,10 @@ class Past:
 
 @dataclass(frozen=True)
 class Board:
-    """A round as it stands. seed: only when the round is finished. done, total: runs that are final, runs in all."""
+    """A round as it stands. seed: only when the round is finished. done, total: runs that are final, runs in all.
+
+    doing: the run in progress, in words. panel: most points by what they are for; empty where there is no panel.
+    """
 
     round_id: str
     profile: str
@@ -66,6 +69,8 @@ class Board:
     repeated: int
     rows: tuple[BoardRow, ...]
     history: tuple[Past, ...]
+    doing: str | None = None
+    panel: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Pure JSON."""
@@ -122,6 +127,8 @@ def read_board(database: Database, round_id: str | None = None) -> Board:
             repeated=sum(run.state in ("voided", "abandoned") for run in found.runs),
             rows=tuple(sorted(rows, key=_order)),
             history=history(found.profile["name"]),
+            doing=next((_doing(run) for run in found.runs if run.state == "running"), None),
+            panel=found.profile.get("panel") or {},
         )
 
 
@@ -138,6 +145,10 @@ def history(profile: str) -> tuple[Past, ...]:
     found = yaml.safe_load(files("isologit.judge").joinpath("history.yaml").read_text(encoding="utf-8"))
     listed = found.get(profile.removeprefix("contest-"), [])
     return tuple(sorted((Past(**item) for item in listed), key=lambda past: past.seconds))
+
+
+def _doing(run: RunRow) -> str:
+    return f"{run.entry.name}, {run.kind} run {run.repeat + 1}"
 
 
 def _timed(runs: list[RunRow], entry_id: int) -> list[RunRow]:

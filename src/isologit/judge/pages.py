@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from isologit.judge.audits import AUDITS
 from isologit.judge.board import Board
+from isologit.judge.panel import medals
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>#|!&~:@]")
 
@@ -23,7 +24,7 @@ def board_page(board: Board, *, links: dict[str, str], refresh_s: int | None = N
     return (
         _templates()
         .get_template("board.html.j2")
-        .render(board=board, links=links, refresh_s=refresh_s, longest=longest, policy=POLICY)
+        .render(board=board, links=links, refresh_s=refresh_s, longest=longest, medals=medals(board), policy=POLICY)
     )
 
 
@@ -56,6 +57,7 @@ def _templates(*, markdown: bool = False) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["seconds"] = lambda value: "–" if value is None else f"{value:.2f} s"
+    environment.filters["when"] = lambda text: text.replace("T", " ").replace("+00:00", " UTC")
     environment.filters["plain"] = _plain
     environment.filters["words"] = _words
     return environment

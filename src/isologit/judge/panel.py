@@ -32,15 +32,14 @@ def record_points(database: Database, round_id: str | None, entry: str, points: 
         verdict.panel = {**verdict.panel, **found}
 
 
-def total(points: Mapping[str, int], panel: Panel) -> int | None:
-    """The sum, or None while one of the panel's points is missing."""
-    names = panel.model_dump()
-    return sum(points[name] for name in names) if set(names) <= set(points) else None
+def total(points: Mapping[str, int], panel: Mapping[str, int]) -> int | None:
+    """The sum of the panel's points, or None while one is missing, and where there is no panel."""
+    return sum(points[name] for name in panel) if panel and set(panel) <= set(points) else None
 
 
-def medals(board: Board, panel: Panel) -> dict[str, str]:
+def medals(board: Board) -> dict[str, str]:
     """Gold, silver and bronze by entry hash: VALID entries by the panel's total, the faster first where it is equal."""
-    totals = {row.sha256: total(row.panel, panel) for row in board.rows if row.status == "VALID"}
+    totals = {row.sha256: total(row.panel, board.panel) for row in board.rows if row.status == "VALID"}
     order = [row.sha256 for row in board.rows if totals.get(row.sha256) is not None]
     order.sort(key=lambda sha256: -(totals[sha256] or 0))
     return dict(zip(order, MEDALS, strict=False))

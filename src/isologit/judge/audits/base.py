@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Protocol
 
 from isologit.judge.entry import EntrySpec
@@ -64,17 +63,19 @@ class Case:
 def time_ratio(
     ours: Sequence[RunEvidence], theirs: Sequence[RunEvidence], toward: Callable[..., float]
 ) -> float | None:
-    """Time per output token of some runs over that of others, medians; None where either has none.
+    """Time per output token of some runs over that of others; None where either has none.
 
-    Taken by the clock and by processor time, and `toward` (min or max) picks the one that speaks for the entry: what
-    other programs do to the machine moves one of them, what the entry does moves both.
+    Of everything that varies, what speaks for the entry is taken. `toward` min: our fastest run over their slowest, by
+    the clock or by processor time, whichever is less; max: the other way round. Other programs on the machine slow a
+    run or two, and one clock more than the other; what an entry does to a kind of run is in all of them and in both.
     """
     ratios = []
     for of in (_clock, _processor):
         first = [value for run in ours if (value := of(run)) is not None]
         second = [value for run in theirs if (value := of(run)) is not None]
         if first and second:
-            ratios.append(median(first) / median(second))
+            away = max if toward is min else min
+            ratios.append(toward(first) / away(second))
     return toward(ratios) if ratios else None
 
 
