@@ -23,6 +23,7 @@ import aiohttp
 
 from isologit.judge import strict_json
 from isologit.judge.evidence import ErrorCode, RequestEvidence, RevealedRow
+from isologit.judge.family import cpu_seconds_below
 from isologit.judge.positions import draw_positions
 from isologit.judge.wire import DIALECTS, REQUEST_ID_HEADER, REVEAL_PATH, ROUND_PATH, Answer, JudgeDialect, WireError
 
@@ -41,7 +42,7 @@ _BEAT_S = 0.01
 class ClientPlan:
     """What to send. requests: (id, prompt, max_tokens). arrival_s: ascending seconds. probe: ask for
     log-probabilities as well. prepare_s: for nonce and warm-up together. silence_s: without a token of any request.
-    reveal_seed: hexadecimal."""
+    reveal_seed: hexadecimal. supervisor_pid: the process below which the entry is, where it is a process here."""
 
     url: str
     dialect: str
@@ -59,17 +60,20 @@ class ClientPlan:
     silence_s: float
     reveal_rows: int
     reveal_seed: str
+    supervisor_pid: int | None = None
 
 
 @dataclass
 class ClientResult:
-    """What came of it. lag_s: the longest time that this process was late to look. problem: why the load could not be
-    applied at all; reveal_problem: why no rows came."""
+    """What came of it. start_cpu_s: the entry's processor time until the clock started, warm-up included. lag_s: the
+    longest time that this process was late to look. problem: why the load could not be applied at all; reveal_problem:
+    why no rows came."""
 
     records: list[RequestEvidence] = field(default_factory=list)
     revealed: list[RevealedRow] = field(default_factory=list)
     positions: list[tuple[str, int]] = field(default_factory=list)
     duration_s: float | None = None
+    start_cpu_s: float | None = None
     lag_s: float = 0.0
     problem: str | None = None
     problem_code: ErrorCode | None = None
@@ -124,6 +128,8 @@ class _Client:
             except _BROKEN as error:
                 self.result.problem, self.result.problem_code = _line(error), "connection"
                 return
+            if plan.supervisor_pid is not None:
+                self.result.start_cpu_s = cpu_seconds_below(plan.supervisor_pid)
             await self._load(session)
             if plan.commit:
                 await self._reveal(session)

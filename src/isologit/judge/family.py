@@ -37,6 +37,18 @@ def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
     return total
 
 
+def cpu_seconds_below(pid: int) -> float:
+    """Processor time of everything that was ever started below a process, itself excluded.
+
+    Whatever lost its parent and ended was waited for by this process, or is still below it.
+    """
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.children_user + times.children_system) + cpu_seconds(descendants(pid))
+
+
 def memory_bytes(processes: Sequence[psutil.Process], enough: float) -> int:
     """Memory in use. Pages that several processes share are counted once, which is looked up only above `enough`."""
     used = sum(_measured(process, shared_once=False) for process in processes)

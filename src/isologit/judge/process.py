@@ -25,7 +25,7 @@ from isologit.errors import UserError
 from isologit.judge.entry import Entry, EntryError
 from isologit.judge.evidence import ProcessFacts
 from isologit.judge.family import (
-    cpu_seconds,
+    cpu_seconds_below,
     descendants,
     end_descendants,
     memory_bytes,
@@ -37,6 +37,7 @@ from isologit.judge.profile import Limits
 from isologit.judge.sandbox import WRITABLE, View, inside, limit, outside, sandbox_problem, sandboxed
 
 _FOLDER = Path(__file__).parent
+_OUTSIDE = {"PATH": os.environ.get("PATH", os.defpath)}  # bubblewrap's own environment can be read in the sandbox
 _POLL_S = 0.05
 _WATCH_S = 0.25
 _LOG_BYTES = 256 << 10  # of an entry's output that is kept
@@ -50,9 +51,11 @@ class SandboxError(UserError):
 
 @dataclass(frozen=True)
 class Running:
-    """A started entry: where it listens, and a process in whose network it does (None: this one's)."""
+    """A started entry: where it listens, the process below which all of it is, and one in whose network it listens
+    (None: this one's)."""
 
     url: str
+    supervisor_pid: int
     namespace_pid: int | None
 
     def beside(self, command: Sequence[str | Path]) -> list[str]:
@@ -117,8 +120,9 @@ class EntryProcess:
             return None
         facts = self.facts
         facts.started, facts.start_s = True, time.monotonic() - begun
-        facts.start_cpu_s = cpu_seconds(self._family())
-        return Running(f"http://127.0.0.1:{port}", self._init_pid)
+        assert self._supervisor is not None
+        facts.start_cpu_s = cpu_seconds_below(self._supervisor)
+        return Running(f"http://127.0.0.1:{port}", self._supervisor, self._init_pid)
 
     def _launch(self, port: int, deadline: float) -> None:
         """Start supervisor and entry, and the threads that watch them."""
@@ -149,6 +153,7 @@ class EntryProcess:
                     stderr=subprocess.STDOUT,
                     pass_fds=(self._status.write_end, write_info),
                     cwd=self._entry.folder,
+                    env=_OUTSIDE,
                     start_new_session=True,
                     preexec_fn=limit(limits),
                 )
@@ -191,7 +196,9 @@ class EntryProcess:
 
     def _answers(self, port: int, deadline: float) -> bool:
         """Whether the health path answers with 200 before the deadline and the entry's end."""
-        running, health = Running(f"http://127.0.0.1:{port}", self._init_pid), self._entry.spec.health
+        assert self._supervisor is not None
+        running = Running(f"http://127.0.0.1:{port}", self._supervisor, self._init_pid)
+        health = self._entry.spec.health
         probe = running.beside([sys.executable, "-I", "-S", _FOLDER / "probe.py", str(port), health])
         while time.monotonic() < deadline:
             if self.facts.problem is not None:

@@ -111,6 +111,7 @@ def _client_plan(
         silence_s=profile.limits.silence_s,
         reveal_rows=profile.reveal_rows,
         reveal_seed=seed.derive("positions", spec.label).hex(),
+        supervisor_pid=running.supervisor_pid,
     )
 
 
@@ -136,6 +137,8 @@ def _load(plan: ClientPlan, running: Running, folder: Path, profile: Profile, ev
     evidence.revealed = [RevealedRow(**row) for row in found["revealed"]]
     evidence.positions = [(name, index) for name, index in found["positions"]]
     evidence.duration_s = found["duration_s"]
+    if found["start_cpu_s"] is not None:
+        evidence.process.start_cpu_s = found["start_cpu_s"]
     evidence.client_lag_s = found["lag_s"]
     evidence.client_problem, evidence.client_problem_code = found["problem"], found["problem_code"]
     evidence.reveal_problem = found["reveal_problem"]
