@@ -47,6 +47,7 @@ def judged(url: str, dialect: str, reference: JudgeReference, *, probe: bool = F
         arrival_s=[0.0] * len(requests),
         warm_up=[("w", requests[0][1], 4)],
         max_concurrency=None,
+        prepare_s=60,
         request_s=60,
         run_s=60,
         silence_s=60,
