@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,11 @@ import pytest
 from isologit.common.memory import FreeMemory
 from isologit.config import PRESETS, EngineOptions, ModelConfig
 from isologit.errors import ConfigError, DatasetError
+from isologit.fidelity import Reference
 from isologit.job import preview
 from isologit.job.memory_plan import GIB, MemoryPlan, plan_memory
 from isologit.job.options import RunOptions
+from isologit.job.proof import load_reference
 from isologit.job.run import run_job
 from isologit.llm import LLM
 
@@ -120,6 +124,32 @@ def test_a_baseline_in_the_stored_dtype(run: Callable[..., dict[str, Any]], tmp_
     assert result["certificate"]["verdict"] == "VALID"
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["reference"]["dtype"] == "float32"
+
+
+def test_the_baselines_model_is_gone_when_the_certificate_begins(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the help of Python's collector, which may not come for long; only so do both fit where either does."""
+    loaded: list[weakref.ref[Reference]] = []
+    gone: list[bool] = []
+
+    class Watched(Reference):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            loaded.append(weakref.ref(self))
+
+    def load(*arguments: Any) -> Any:
+        gone.extend(reference() is None for reference in loaded)
+        return load_reference(*arguments)
+
+    monkeypatch.setattr("isologit.job.run.Reference", Watched)
+    monkeypatch.setattr("isologit.job.run.load_reference", load)
+    gc.disable()
+    try:
+        run(reference="streamed", baseline_dtype="bfloat16")
+    finally:
+        gc.enable()
+    assert gone == [True]
 
 
 def test_without_room_for_a_baseline_the_run_still_certifies(run: Callable[..., dict[str, Any]]) -> None:
