@@ -65,7 +65,7 @@ def files(options: RunOptions) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_the_others_finish_and_the_run_is_invalid(options: RunOptions) -> None:
-    result = run_job(options, engine_factory=lambda engine: FailsOnce(options=engine))
+    result = run_job(options, engine_factory=lambda engine, _: FailsOnce(options=engine))
     assert not result.valid
     assert result.num_failed == 1
     lines, certificate = files(options)
@@ -79,8 +79,8 @@ def test_the_others_finish_and_the_run_is_invalid(options: RunOptions) -> None:
 
 def test_a_resume_keeps_the_failure_and_finishes_the_rest(options: RunOptions) -> None:
     with pytest.raises(RunInterrupted):
-        run_job(options, engine_factory=lambda engine: StopsEarly(options=engine))
-    result = run_job(replace(options, resume=True), engine_factory=lambda engine: FailsOnce(options=engine))
+        run_job(options, engine_factory=lambda engine, _: StopsEarly(options=engine))
+    result = run_job(replace(options, resume=True), engine_factory=lambda engine, _: FailsOnce(options=engine))
     assert not result.valid
     lines, certificate = files(options)
     assert set(lines) == {"r0", "r1", "r2", "r3"}
@@ -89,7 +89,7 @@ def test_a_resume_keeps_the_failure_and_finishes_the_rest(options: RunOptions) -
 
 
 def test_when_all_fail_the_files_are_there_all_the_same(options: RunOptions) -> None:
-    result = run_job(options, engine_factory=lambda engine: FailsAlways(options=engine))
+    result = run_job(options, engine_factory=lambda engine, _: FailsAlways(options=engine))
     assert not result.valid
     lines, certificate = files(options)
     assert {line["error"] for line in lines.values()} == {WHY}

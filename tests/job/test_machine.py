@@ -9,7 +9,7 @@ from isologit.job.machine import measure_limits, product_rate, streaming_rate
 
 
 def test_rates_are_those_of_a_computer() -> None:
-    assert 1e9 < product_rate(size=256, repeats=1) < 1e13
+    assert 1e8 < product_rate(size=256, repeats=5) < 1e13
     assert 1e8 < streaming_rate(megabytes=32, repeats=1) < 1e12
 
 

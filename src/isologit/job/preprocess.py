@@ -12,8 +12,8 @@ from isologit.config import ModelConfig
 from isologit.engine.request import GenerationRequest, SamplingParams
 from isologit.errors import DatasetError, RequestError
 from isologit.job.options import RunOptions
-from isologit.text.tokenizer import Tokenizer
-from isologit.workload import BadRequest, RequestSpec, builtin_requests, load_dataset, load_replay
+from isologit.text.tokenizer import Tokenizer, load_tokenizer
+from isologit.workload import BadRequest, RequestSpec, builtin_requests, demo_model_path, load_dataset, load_replay
 
 
 class Model(Protocol):
@@ -109,7 +109,11 @@ def _read(options: RunOptions, model: Model) -> list[RequestSpec | BadRequest]:
             format=options.dataset_format,
         )
     specs = builtin_requests() if options.limit is None else builtin_requests(options.limit)
-    return list(specs)
+    if model.tokenizer is not None:
+        return list(specs)
+    demo = load_tokenizer(demo_model_path())  # any tokens do for a model that knows no text, such as random weights
+    assert demo is not None
+    return [replace(spec, prompt_token_ids=demo.encode(spec.prompt or "")) for spec in specs]
 
 
 def _request(
