@@ -73,7 +73,7 @@ def test_speculation_as_the_command_line_words_it() -> None:
     assert speculation(3) == SpeculativeConfig(num_speculative_tokens=3)
     assert EngineOptions(speculative_config=speculation(3, "small")).draft_model == "small"
     assert EngineOptions(speculative_config=None).num_speculative_tokens == 0
-    with pytest.raises(ConfigError, match="guesses nothing"):
+    with pytest.raises(ConfigError, match="drafts nothing"):
         speculation(0, "small")
     with pytest.raises(ConfigError, match="between 1 and 64, not -1"):
         speculation(-1)
