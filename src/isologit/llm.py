@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from isologit.backends.base import Backend, LoadOptions
-from isologit.backends.registry import load_backend
+from isologit.backends.registry import choose_backend, load_backend
 from isologit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from isologit.checkpoints.dummy import dummy_checkpoint
 from isologit.common.load_progress import OnLoadProgress
@@ -60,8 +60,7 @@ class LLM:
             fields["model"] = str(model)
         if isinstance(fields.get("speculative_config"), Mapping):
             fields["speculative_config"] = SpeculativeConfig(**fields["speculative_config"])
-        self.options = replace(options or EngineOptions(), **fields)
-        options = self.options
+        self.options = options = replace(options or EngineOptions(), **fields)
         self.checkpoint = open_model(options)
         self.config: ModelConfig = self.checkpoint.config
         self.tokenizer: Tokenizer | None = load_tokenizer(options.tokenizer or self.checkpoint.source)
@@ -231,7 +230,7 @@ class LLM:
     def open_loop(self, *, keep_hidden: bool = False) -> EngineLoop:
         """An engine loop for requests that are not known yet, as a server has them.
 
-        keep_hidden: gains hold what the LM head read for each token.
+        keep_hidden: deltas hold what the LM head read for each token.
 
         `max_num_seqs` and `max_num_batched_tokens` are those of the constructor, else 128 and 512. The loop uses this
         object's memory, so nothing else may run meanwhile.
@@ -347,6 +346,11 @@ class LLM:
             "num_speculative_tokens": options.num_speculative_tokens,
             "draft_model": options.draft_model,
         }
+
+
+def require_backend(options: EngineOptions) -> None:
+    """Raise ConfigError when nothing here can run what these options name, before anything is read."""
+    choose_backend(options.backend, options.device)
 
 
 def open_model(options: EngineOptions) -> Checkpoint:

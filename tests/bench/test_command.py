@@ -329,3 +329,11 @@ def test_the_engine_alone_is_measured_on_the_backend_that_is_named(tmp_path: Pat
         refused = _run(command, "--backend", "none", "--device", "cpu")
         assert refused.exit_code == 2
         assert 'backend "none" is unknown' in refused.output
+
+
+@pytest.mark.parametrize("command", ["throughput", "latency"])
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_loaded(command: str) -> None:
+    done = _run(command, "--backend", "cpu", "--device", "cuda")
+    assert done.exit_code == 2
+    assert 'backend "cpu" cannot run here: it runs on the CPU only; usable are cpu, torch' in done.output
+    assert "load" not in done.output

@@ -142,3 +142,12 @@ def test_memory_for_one_request_is_checked_before_anything_runs(
 def test_a_format_that_the_file_does_not_have(invoke: Invoke, model: Path, prompts: Path, tmp_path: Path) -> None:
     line = refused(invoke, tmp_path / "out", "--model", model, "--dataset", prompts, "--dataset-format", "alpaca")
     assert "malformed JSON" in line
+
+
+@pytest.mark.parametrize("command", [("run",), ("serve", "--port", 0), ("bench", "throughput"), ("bench", "latency")])
+def test_a_backend_that_is_unknown_is_refused_before_anything_is_read(
+    invoke: Invoke, command: tuple[object, ...]
+) -> None:
+    done = invoke(*command, "--backend", "nonsense")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == ['error: backend "nonsense" is unknown; there are cuda, cpu, torch']

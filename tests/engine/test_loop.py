@@ -35,9 +35,9 @@ def streamed(llm: LLM, params: SamplingParams) -> tuple[list[str], str, RequestO
     shown = ""
     while loop.has_work():
         finished = loop.step()
-        for gain in loop.gains:
-            texts += gain.texts
-            shown += "".join(gain.shown)
+        for delta in loop.deltas:
+            texts += delta.texts
+            shown += "".join(delta.shown)
     return texts, shown, finished[0]
 
 

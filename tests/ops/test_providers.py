@@ -39,8 +39,8 @@ def test_every_operation_has_a_provider(backend: str) -> None:
 
 
 def test_a_wrong_provider_is_caught() -> None:
-    """The inverse: 1 % more gain is far outside the tolerance of the norm."""
+    """The inverse: 1 % more weight is far outside the tolerance of the norm."""
     op = OPS["rms_norm"]
     inputs = op.make_inputs(torch.Generator().manual_seed(0))
-    wrong = CPU["rms_norm"]["numba"](**{**inputs, "gain": inputs["gain"] * 1.01})
+    wrong = CPU["rms_norm"]["numba"](**{**inputs, "weight": inputs["weight"] * 1.01})
     assert (wrong - op.definition(**inputs)).abs().max() > 100 * op.tolerance

@@ -17,7 +17,7 @@ from isologit.errors import ConfigError
 from isologit.text.tokenizer import DUMMY_SOURCE
 
 _WEIGHT_STD = 0.02
-_GAIN_STD = 0.02
+_NORM_STD = 0.02
 _LOGIT_STD = 2.5  # spread of the logits: decided by the head, since the last norm gives rows of unit mean square
 
 
@@ -33,7 +33,7 @@ def dummy_checkpoint(config: ModelConfig, *, seed: int = 0, dtype: str = "float3
     head = EMBEDDING if config.tie_word_embeddings else HEAD
     stored = {}
     for name, shape in expected_shapes(config).items():
-        mean, std = (1.0, _GAIN_STD) if name.endswith("norm.weight") else (0.0, _WEIGHT_STD)
+        mean, std = (1.0, _NORM_STD) if name.endswith("norm.weight") else (0.0, _WEIGHT_STD)
         if name == head:
             std = _LOGIT_STD / math.sqrt(config.hidden_size)
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()

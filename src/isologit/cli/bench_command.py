@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from isologit.bench.options import DEFAULT_PORT, METRICS, Backend, DatasetName, Metric, ServingOptions
+from isologit.cli.engine_options import ENGINE_PANEL as _ENGINE
+from isologit.cli.engine_options import BackendName, DeviceName
 from isologit.cli.exits import Exit, interrupt_on_sigterm, reporting_errors
 from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError, DatasetError, OutputFolderError
@@ -26,7 +28,6 @@ _SERVER = "Which server"
 _PROMPTS = "What is sent"
 _LOAD = "When it is sent"
 _OUTPUT = "What comes out"
-_ENGINE = "How it runs"
 
 _ENGINE_DEFAULTS = EngineOptions()
 _ALL_METRICS = ",".join(METRICS)
@@ -111,11 +112,6 @@ EngineTokenizer = Annotated[
 MaxNumSeqs = Annotated[int | None, _option(_ENGINE, metavar="N", help="Requests running at once. Default: planned.")]
 MaxNumBatchedTokens = Annotated[int | None, _option(_ENGINE, metavar="N", help="Tokens of one step. Default: planned.")]
 SpeculativeTokens = Annotated[int, _option(_ENGINE, metavar="N", help="Most draft tokens, found by prompt lookup.")]
-EngineBackend = Annotated[
-    str,
-    _option(_ENGINE, "--backend", metavar="NAME", help="What computes: cpu, torch, ...; auto takes the best there is."),
-]
-Device = Annotated[str, _option(_ENGINE, help="Where: cpu, cuda, cuda:1, ...; auto leaves it to the backend.")]
 Threads = Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")]
 WeightCache = Annotated[
     bool, _option(_ENGINE, show_default=False, help="Keep packed weights of large models on disk (on).")
@@ -373,8 +369,8 @@ def throughput(
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
-    backend: EngineBackend = _ENGINE_DEFAULTS.backend,
-    device: Device = _ENGINE_DEFAULTS.device,
+    backend: BackendName = _ENGINE_DEFAULTS.backend,
+    device: DeviceName = _ENGINE_DEFAULTS.device,
     threads: Threads = None,
     weight_cache: WeightCache = _ENGINE_DEFAULTS.weight_cache,
     seed: Annotated[int, _option(_ENGINE, metavar="N", help="Of dummy weights.")] = _ENGINE_DEFAULTS.seed,
@@ -384,7 +380,7 @@ def throughput(
     with reporting_errors():
         from isologit.bench.offline import measure_throughput
         from isologit.cli.display import display
-        from isologit.job.engine import load_engine
+        from isologit.job.engine import load_engine, require_backend
         from isologit.job.meter import InferenceMeter
         from isologit.job.preprocess import preprocess
 
@@ -408,6 +404,7 @@ def throughput(
             ignore_eos=ignore_eos,
             max_new_tokens=max_new_tokens,
         )
+        require_backend(options.engine)
         interrupt_on_sigterm()
         with display(quiet=False) as observer:
             observer.stage("load the model")
@@ -444,8 +441,8 @@ def latency(
     num_iters_warmup: Annotated[int, _option(_PROMPTS, metavar="N", min=0, help="Times before.")] = 10,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
-    backend: EngineBackend = _ENGINE_DEFAULTS.backend,
-    device: Device = _ENGINE_DEFAULTS.device,
+    backend: BackendName = _ENGINE_DEFAULTS.backend,
+    device: DeviceName = _ENGINE_DEFAULTS.device,
     threads: Threads = None,
     weight_cache: WeightCache = _ENGINE_DEFAULTS.weight_cache,
     seed: Annotated[
@@ -458,7 +455,7 @@ def latency(
         from isologit.bench.offline import measure_latency, random_batch
         from isologit.cli.display import display
         from isologit.common.progress import Progress
-        from isologit.job.engine import load_engine
+        from isologit.job.engine import load_engine, require_backend
 
         options = EngineOptions(
             model=model,
@@ -473,6 +470,7 @@ def latency(
             weight_cache=weight_cache,
             seed=seed,
         )
+        require_backend(options)
         interrupt_on_sigterm()
         total = num_iters_warmup + num_iters
         with display(quiet=False) as observer:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from isologit.cli.engine_options import ENGINE_PANEL as _ENGINE
+from isologit.cli.engine_options import BackendName, DeviceName
 from isologit.cli.exits import Exit, interrupt_on_sigterm, leave, reporting_errors
 from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 _ENGINE_DEFAULTS = EngineOptions()
 _INPUT = "What to run"
 _OUTPUT = "Where results go"
-_ENGINE = "How it runs"
 _PROOF = "What it is held against"
 
 
@@ -139,17 +140,8 @@ def run_command(
         Literal["longest-first", "given"],
         typer.Option(rich_help_panel=_ENGINE, help="Which requests start first."),
     ] = "longest-first" if _ENGINE_DEFAULTS.longest_first else "given",
-    backend: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=_ENGINE,
-            metavar="NAME",
-            help="What computes: cpu, torch, ...; auto takes the best there is.",
-        ),
-    ] = _ENGINE_DEFAULTS.backend,
-    device: Annotated[
-        str, typer.Option(rich_help_panel=_ENGINE, help="Where: cpu, cuda, cuda:1, ...; auto leaves it to the backend.")
-    ] = _ENGINE_DEFAULTS.device,
+    backend: BackendName = _ENGINE_DEFAULTS.backend,
+    device: DeviceName = _ENGINE_DEFAULTS.device,
     threads: Annotated[
         int | None, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Worker threads. Default: every core.")
     ] = None,

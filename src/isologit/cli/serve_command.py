@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from isologit.cli.engine_options import ENGINE_PANEL as _ENGINE
+from isologit.cli.engine_options import BackendName, DeviceName
 from isologit.cli.exits import reporting_errors
 from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError
@@ -17,7 +19,6 @@ from isologit.server.options import ServerOptions
 _MODEL = "What is served"
 _NETWORK = "Where"
 _LIMITS = "Limits"
-_ENGINE = "How it runs"
 
 _ENGINE_DEFAULTS, _DEFAULTS = EngineOptions(), ServerOptions()
 
@@ -86,12 +87,8 @@ def serve_command(
     draft_model: Annotated[
         str | None, _option(_ENGINE, metavar="DIR|FILE|PRESET", help="A smaller model that drafts instead.")
     ] = None,
-    backend: Annotated[
-        str, _option(_ENGINE, metavar="NAME", help="What computes: cpu, torch, ...; auto takes the best there is.")
-    ] = _ENGINE_DEFAULTS.backend,
-    device: Annotated[
-        str, _option(_ENGINE, help="Where: cpu, cuda, cuda:1, ...; auto leaves it to the backend.")
-    ] = _ENGINE_DEFAULTS.device,
+    backend: BackendName = _ENGINE_DEFAULTS.backend,
+    device: DeviceName = _ENGINE_DEFAULTS.device,
     threads: Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")] = None,
     plain_user_content: Annotated[
         bool,

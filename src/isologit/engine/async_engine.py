@@ -1,7 +1,7 @@
 """The engine on a thread of its own, and its requests as asynchronous streams.
 
-Owns the hand-over between the two worlds: what arrives is applied between steps, and what a step gained goes back in
-one call, however many requests gained something. It does not know HTTP.
+Owns the hand-over between the two worlds: what arrives is applied between steps, and a step's new tokens go back in
+one call, however many requests they belong to. It does not know HTTP.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class ClientGoneError(IsologitError):
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a request gained in one step; `output` is its whole result, when it is over.
+    """A request's new tokens of one step; `output` is its whole result, when it is over.
 
     texts: what each token made certain, often nothing; all of a request's, joined, are its text with what a stop string
     cuts off. shown: what may be shown since each token, held back while it may begin a stop string; all of a request's,
     joined, are `output.text`. logprobs: empty if none were asked for. at_s: end of the step on the clock
-    `time.perf_counter`. hidden: as in `Gain`.
+    `time.perf_counter`. hidden: as in `StepDelta`.
     """
 
     token_ids: Sequence[int]
@@ -260,18 +260,18 @@ class AsyncEngine:
         over = {output.request_id: output for output in finished}
         deltas = [
             (
-                gain.request_id,
+                new.request_id,
                 Delta(
-                    gain.token_ids,
-                    gain.texts,
-                    gain.shown,
-                    gain.logprobs,
-                    over.pop(gain.request_id, None),
+                    new.token_ids,
+                    new.texts,
+                    new.shown,
+                    new.logprobs,
+                    over.pop(new.request_id, None),
                     now,
-                    gain.hidden,
+                    new.hidden,
                 ),
             )
-            for gain in self.engine.gains
+            for new in self.engine.deltas
         ]
         deltas += [(name, Delta((), (), (), (), output, now)) for name, output in over.items()]
         if deltas:

@@ -11,7 +11,7 @@ import numpy as np
 
 from isologit.engine.captured_rows import CapturedRows, Finals
 from isologit.engine.output_text import OutputText
-from isologit.engine.progress import Gain, Progress
+from isologit.engine.progress import Progress, StepDelta
 from isologit.engine.request import GenerationRequest, RequestOutput, Sequence
 from isologit.engine.runner import Runner, StepResult
 from isologit.engine.sampler import Sampler
@@ -23,7 +23,7 @@ from isologit.text.tokenizer import Tokenizer
 class EngineLoop:
     """Runs requests to completion, one step at a time.
 
-    streaming: whether every step's gains are wanted (`gains`); without, text is made when a request is over.
+    streaming: whether every step's `deltas` are wanted; without, text is made when a request is over.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class EngineLoop:
         self.runner = runner
         self.tokenizer = tokenizer
         self.step_records: list[StepRecord] = []
-        self.gains: list[Gain] = []  # of the last step
+        self.deltas: list[StepDelta] = []  # of the last step
         self._seed = seed
         self._raw_logits = raw_logits
         self._streaming = streaming
@@ -98,7 +98,7 @@ class EngineLoop:
     def step(self) -> list[RequestOutput]:
         """One step of the model; returns the requests that finished in it."""
         start = self.now()
-        self.gains = []
+        self.deltas = []
         plan = self.scheduler.schedule()
         scheduled = self.now()
         if plan is None:
@@ -171,7 +171,7 @@ class EngineLoop:
                 hidden = None
                 if self._keep_hidden:
                     hidden = result.output.final[row : row + entry.num_accepted].copy()
-                self.gains.append(progress.gain(entry, shown, hidden))
+                self.deltas.append(progress.delta(entry, shown, hidden))
         return stopped
 
     def _hand_out(self, finished: list[Sequence]) -> list[RequestOutput]:

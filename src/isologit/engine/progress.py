@@ -15,8 +15,8 @@ from isologit.engine.scheduler import ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
-class Gain:
-    """What a request gained in a step, entry by entry for each token; `logprobs` is empty if it asked for none.
+class StepDelta:
+    """A request's new tokens of one step, one entry each; `logprobs` is empty if it wants none.
 
     texts: what the token made certain. shown: what may be shown since, which lacks what may begin a stop string.
     hidden: float32 [n, hidden], what the LM head read for each; None where the loop was not asked to keep it.
@@ -94,10 +94,10 @@ class Progress:
         if LAST_TOKEN in request.capture and seq.finish_reason is not None:
             self.finals[seq.num_output_tokens - 1] = final[row + entry.num_accepted - 1].copy()
 
-    def gain(self, entry: ScheduledSequence, shown: list[str], hidden: np.ndarray | None) -> Gain:
+    def delta(self, entry: ScheduledSequence, shown: list[str], hidden: np.ndarray | None) -> StepDelta:
         """NOTE: the text of the last token is complete only now: the end of a request adds what was uncertain."""
         count = entry.num_accepted
-        return Gain(
+        return StepDelta(
             self.seq.request.request_id,
             self.seq.token_ids[-count:],
             [""] * count if self.text is None else self.text.token_texts[-count:],

@@ -54,6 +54,13 @@ class TimedBaseline(Protocol):
 EngineFactory = Callable[[EngineOptions, OnLoadProgress | None], Engine]
 
 
+def require_backend(options: EngineOptions) -> None:
+    """As `isologit.llm.require_backend`."""
+    from isologit import llm
+
+    llm.require_backend(options)
+
+
 def load_engine(options: EngineOptions, on_load_progress: OnLoadProgress | None = None) -> Engine:
     """The `LLM` these options ask for. Raises ModelError or ConfigError."""
     from isologit.llm import LLM

@@ -21,7 +21,7 @@ from isologit.errors import DatasetError, IsologitError
 from isologit.fidelity import Reference
 from isologit.fidelity.certifier import ScoringReference
 from isologit.job.baseline import Baseline, BaselineSpeed, measure_baseline, time_engine
-from isologit.job.engine import Engine, EngineFactory, load_engine
+from isologit.job.engine import Engine, EngineFactory, load_engine, require_backend
 from isologit.job.folder import CERTIFICATE, OUTPUTS, RESULT, STEPS, OutputFolder
 from isologit.job.inference import infer
 from isologit.job.journal import Journal
@@ -73,6 +73,7 @@ def run_job(
     goes wrong, requests that are complete stay in the folder for `resume`; without any, nothing stays.
     """
     _require_files(options)
+    require_backend(options.engine)
     folder = OutputFolder.claim(options.output_folder(), resume=options.resume)
     job = _Job(options, folder, observer or Silent(), engine_factory)
     try:

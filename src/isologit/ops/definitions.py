@@ -40,12 +40,16 @@ def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _norm_inputs(generator: torch.Generator) -> Inputs:
-    return {"x": torch.randn(5, 96, generator=generator) * 3, "gain": torch.randn(96, generator=generator), "eps": 1e-5}
+    return {
+        "x": torch.randn(5, 96, generator=generator) * 3,
+        "weight": torch.randn(96, generator=generator),
+        "eps": 1e-5,
+    }
 
 
-def _norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """[T, H] -> [T, H]: x / sqrt(mean(x^2) + eps) * gain."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """[T, H] -> [T, H]: x / sqrt(mean(x^2) + eps) * weight."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
 def _swiglu_inputs(generator: torch.Generator) -> Inputs:

@@ -18,7 +18,7 @@ from isologit.common.progress import Observer, Silent
 from isologit.config.engine_options import LogprobsMode
 from isologit.engine.async_engine import AsyncEngine
 from isologit.errors import ConfigError, ModelError
-from isologit.llm import LLM
+from isologit.llm import LLM, require_backend
 from isologit.server.app import create_app
 from isologit.server.commitments import Commitments
 from isologit.server.connections import LONGEST_STALL_S, Connection, close_stalled
@@ -78,6 +78,7 @@ def serve(
 
     Raises UserError for what the user must change, before anything is served.
     """
+    require_backend(options.engine)
     listener = bind(options.host, options.port)
     model = options.engine.model
     name = options.served_model_name or (DEMO_NAME if model is None else Path(model).name)

@@ -234,9 +234,10 @@ class CPUBackend:
         first_rows = list(accumulate((len(part.token_ids) for part in parts), initial=0))
         first_logits = list(accumulate((len(part.logits_rows) for part in parts), initial=0))
         works = [
-            self._work(part, first_row, first_logit, self.num_threads // len(parts))
+            tuple(self._work(part, first_row, first_logit, self.num_threads // len(parts)))
             for part, first_row, first_logit in zip(parts, first_rows, first_logits, strict=False)
         ]
+        shape, weights, scratch = tuple(self._shape), tuple(self._weights), tuple(self._scratch)
         wanted, chosen = batch.logits_wanted, np.full(rows, NOT_PICKED)
         bounded = self._choice is not None and not self._steps_without_bounds
         picked = np.flatnonzero(~wanted) if bounded else chosen[:0]  # rows chosen without all their logits
@@ -247,8 +248,8 @@ class CPUBackend:
             head = Head(self._w_head, self._byte_head.weights, self._byte_head.columns)
             first_picked = np.searchsorted(picked, first_logits)
             choice = (
-                shared, self._clocks[0], picked, first_picked, self._shape.vocab, head, self._scratch, self._choice,
-                chosen,
+                shared, self._clocks[0], picked, first_picked, self._shape.vocab, tuple(head), scratch,
+                tuple(self._choice or ()), chosen,
             )  # fmt: skip
         finish = choose_rows if len(picked) else meet
 
@@ -258,8 +259,7 @@ class CPUBackend:
             else:
                 part, of_part, threads = 0, thread, num_threads
             run_step(
-                of_part, threads, part, self._shape, self._weights, works[part], self._scratch, self._kv,
-                self._clocks[part],
+                of_part, threads, part, shape, weights, works[part], scratch, self._kv, self._clocks[part],
             )  # fmt: skip
             finish(thread, num_threads, *choice)
 
@@ -325,7 +325,7 @@ class CPUBackend:
         chosen = np.empty(rows, np.int64)
         counters = zeros(2 * COUNTER_STRIDE, np.int64)
         self._crew.run(
-            project_rows, counters, final, self._w_head, self._shape.vocab, self._scratch, self._logits, chosen,
+            project_rows, counters, final, self._w_head, self._shape.vocab, tuple(self._scratch), self._logits, chosen,
             self._clocks[0],
         )  # fmt: skip
         return self._logits[:rows, : self._shape.vocab], chosen

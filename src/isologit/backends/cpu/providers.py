@@ -58,13 +58,13 @@ def _from_tiles(x: np.ndarray, height: int, rows: int, features: int) -> torch.T
     return tiled.transpose(1, 2).reshape(-1, features)[:rows]
 
 
-def rms_norm_numba(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_numba(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """As one tile."""
     rows, width = x.shape
     out, scales = np.zeros(x.numel(), np.float32), np.zeros(rows, np.float32)
     places = np.arange(rows) * width
     scratch = np.zeros(rows * VECTOR_WIDTH, np.float32)
-    kernels.rms_norm_tile(_flat(x), places, rows, gain.numpy(), width, np.float32(eps), out, 0, rows, scales, scratch)
+    kernels.rms_norm_tile(_flat(x), places, rows, weight.numpy(), width, np.float32(eps), out, 0, rows, scales, scratch)
     return _from_tiles(out, rows, rows, width)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from numba import njit
 
+from isologit.backends.cpu.arguments import ChoiceScratch, Head, Scratch, Shape, Weights, Work
 from isologit.backends.cpu.heads import attend, heads_suit, project_and_attend
 from isologit.backends.cpu.kernels import (
     ADD,
@@ -67,9 +68,11 @@ def _share(part, num_parts, count):
 def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock):
     """Forward pass of one part of a step by `num_threads` threads; with one part, it is all of the step.
 
-    Fills the part's rows of `scratch.final` [R, hidden], what the LM head reads. kv: float32 [layers, -1]. clock: int64
-    [len(PHASES) + 1], nanoseconds of the part's first thread.
+    Fills the part's rows of `scratch.final` [R, hidden], what the LM head reads. shape, weights, work and scratch:
+    plain tuples of the fields of `arguments`. kv: float32 [layers, -1]. clock: int64 [len(PHASES) + 1], nanoseconds of
+    the part's first thread.
     """
+    shape, weights, work, scratch = Shape(*shape), Weights(*weights), Work(*work), Scratch(*scratch)
     num_kv_heads, head_dim, hidden = shape.num_kv_heads, shape.head_dim, shape.hidden
     value_width, eps = shape.value_width, shape.eps
     group, heads_size = shape.num_heads // num_kv_heads, shape.num_heads * head_dim
@@ -224,7 +227,9 @@ def choose_rows(
     [parts + 1], where the rows of each part of the step begin among them. Part i is ready when thread i comes here. A
     thread begins with its own part and then helps with the others, so that little waits for a late one. shared: int64,
     zero at first, a line for the barrier, COUNTERS_PER_PART for each part, and one that counts the panels computed.
+    head, scratch and choice: plain tuples of the fields of `arguments`.
     """
+    head, scratch, choice = Head(*head), Scratch(*scratch), ChoiceScratch(*choice)
     hidden, num_panels, num_parts = scratch.final.shape[1], head.panels.shape[0], first_picked.shape[0] - 1
     flat = scratch.final.reshape(-1)
     panels_computed = COUNTER_STRIDE * (1 + COUNTERS_PER_PART * num_parts)
@@ -290,7 +295,11 @@ def meet(thread, num_threads, sync, clock):
 
 @njit(nogil=True, cache=True)
 def project_rows(thread, num_threads, counters, final, head_panels, vocab, scratch, logits, chosen, clock):
-    """Logits [R, padded vocab] of rows of `final` [R, hidden], and the index of the largest in each."""
+    """Logits [R, padded vocab] of rows of `final` [R, hidden], and the index of the largest in each.
+
+    scratch: a plain tuple of its fields.
+    """
+    scratch = Scratch(*scratch)
     rows, hidden = final.shape
     height = tile_height(rows)
     final_flat, logits_flat = final.reshape(-1), logits.reshape(-1)

@@ -65,7 +65,7 @@ def linear_narrow(x: Tensor, weight: Tensor) -> Tensor:
     return _linear(x, weight, narrow=True)
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As the last norm of a model: rows taken by index, the residual being the sum of two parts of a product."""
     rows, width = x.shape
     index = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=_DEVICE)
@@ -73,7 +73,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     parts, pair = torch.stack([source / 4, source / 4]), _zeros(2, rows, padded(width), dtype=torch.float16)
     final = _zeros(rows, width)
     kernels.add_norm[(rows,)](
-        source / 2, parts, parts.stride(0), width, None, gain.contiguous().to(_DEVICE), pair, pair.stride(0),
+        source / 2, parts, parts.stride(0), width, None, weight.contiguous().to(_DEVICE), pair, pair.stride(0),
         pair.shape[2], index, final, width, eps, NUM_PARTS=2, HAS_BIAS=False, INDEX="final",
         BLOCK=triton.next_power_of_2(width),
     )  # fmt: skip

@@ -13,8 +13,8 @@ def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return Linear(weight, None)(x)
 
 
-def _rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    return rms_norm(x, gain, eps)
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return rms_norm(x, weight, eps)
 
 
 def _swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
