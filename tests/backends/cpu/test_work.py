@@ -76,6 +76,21 @@ def test_only_rows_with_logits_when_no_more_is_wanted(
     assert work.written_first.tolist() == batch.sequences[others].tolist()
 
 
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 50)), min_size=1), st.integers(1, 8), st.integers(1, 5))
+def test_sequences_of_one_tile_each_are_dealt_as_any_others(
+    sequences: list[tuple[int, int]], num_kv_heads: int, num_threads: int
+) -> None:
+    """All rows are wanted, so both ways describe the same work; only one of them is made for it."""
+    batch = _batch(sequences)
+    batch = replace(batch, logits_rows=np.arange(len(batch.token_ids)))
+    quick = attention_work(batch, 6, num_kv_heads, num_threads)
+    general = attention_work(batch, 6, num_kv_heads, num_threads, logits_only=True)
+    for name in ("tiles", "items", "written_first"):
+        np.testing.assert_array_equal(getattr(quick, name), getattr(general, name))
+        assert getattr(quick, name).dtype == np.int64
+        assert getattr(quick, name).flags.c_contiguous
+
+
 @given(_SEQUENCES, st.integers(1, 4), st.floats(0, 0.1), st.data())
 def test_parts_are_whole_sequences_of_about_the_same_cost(
     sequences: list[tuple[int, int]], num_parts: int, rows_per_token: float, data: st.DataObject

@@ -273,9 +273,9 @@ class CPUBackend:
 
     def _with_logits(self, final: np.ndarray, chosen: np.ndarray, wanted: np.ndarray) -> ReadyOutput:
         """The step's output: logits of the rows that want them, and the argmax of those that nothing else chose."""
-        computed = np.concatenate([np.flatnonzero(wanted), np.flatnonzero(~wanted & (chosen == NOT_PICKED))])
-        logits = self._logits[:0, : self._shape.vocab]
-        if len(computed):
+        logits, open_rows = self._logits[:0, : self._shape.vocab], chosen == NOT_PICKED
+        if open_rows.any():
+            computed = np.concatenate([np.flatnonzero(wanted), np.flatnonzero(open_rows & ~wanted)])
             in_order = len(computed) == len(final) and (wanted.all() or not wanted.any())
             logits, chosen[computed] = self._whole_rows(final if in_order else final[computed])
         return ReadyOutput(chosen, final, logits[: np.count_nonzero(wanted)])

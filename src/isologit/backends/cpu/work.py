@@ -64,6 +64,8 @@ def attention_work(
     batch: FlatBatch, tokens_per_tile: int, num_kv_heads: int, num_threads: int, *, logits_only: bool = False
 ) -> AttentionWork:
     """The attention of all tokens, or only of those whose logits are wanted, in tiles of consecutive tokens."""
+    if not logits_only and batch.sequences[:, 1].max() <= tokens_per_tile:
+        return _one_tile_each(batch, num_kv_heads, num_threads)
     first_row, counts, position = batch.sequences.T
     wanted = counts
     if logits_only:
@@ -96,6 +98,21 @@ def attention_work(
         [first[unit], last[unit], part * num_kv_heads // parts, (part + 1) * num_kv_heads // parts], axis=1
     )
     return AttentionWork(tiles, items, batch.sequences[~alone])
+
+
+def _one_tile_each(batch: FlatBatch, num_kv_heads: int, num_threads: int) -> AttentionWork:
+    """The same for sequences of one tile each, as in nearly all steps: in a tenth of the time."""
+    count = len(batch.sequences)
+    tiles = np.ones((count, 5), np.int64)
+    tiles[:, :3] = batch.sequences
+    tiles[:, 3] = batch.table_rows
+    longest_first = np.argsort(-batch.sequences[:, 2], kind="stable")
+    bounds = np.arange(num_threads + 1) * num_kv_heads // num_threads
+    items = np.empty((count, num_threads, 4), np.int64)
+    items[:, :, 0] = longest_first[:, None]
+    items[:, :, 1] = longest_first[:, None] + 1
+    items[:, :, 2], items[:, :, 3] = bounds[:-1], bounds[1:]
+    return AttentionWork(tiles, items.reshape(-1, 4), batch.sequences[:0])
 
 
 def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
