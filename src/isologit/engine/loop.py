@@ -1,22 +1,19 @@
 """The engine loop: schedule, execute, commit, file. Offline generation and any server drive this same object.
 
-Owns what requests gather while they run. It does not know where requests come from, nor who reads their text.
+What requests gather is in `LiveRequests`. It does not know where requests come from, nor who reads their text.
 """
 
 from __future__ import annotations
 
 import time
 
-import numpy as np
-
 from isologit.engine.captured_rows import CapturedRows, Finals
-from isologit.engine.output_text import OutputText
-from isologit.engine.progress import Progress, StepDelta
+from isologit.engine.live_requests import LiveRequests
+from isologit.engine.progress import StepDelta
 from isologit.engine.request import GenerationRequest, RequestOutput, Sequence
-from isologit.engine.runner import Runner, StepResult
-from isologit.engine.sampler import Sampler
-from isologit.engine.scheduler import ScheduledSequence, Scheduler, StepPlan
-from isologit.engine.step_record import StepRecord
+from isologit.engine.runner import Runner
+from isologit.engine.scheduler import Scheduler
+from isologit.engine.step_record import Moments, StepRecord
 from isologit.text.tokenizer import Tokenizer
 
 
@@ -40,17 +37,17 @@ class EngineLoop:
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self.tokenizer = tokenizer
         self.step_records: list[StepRecord] = []
-        self.deltas: list[StepDelta] = []  # of the last step
-        self._seed = seed
-        self._raw_logits = raw_logits
-        self._streaming = streaming
-        self._keep_hidden = keep_hidden
         self._zero_s = zero_s
-        self._num_added = 0
         self._captured = CapturedRows(runner.backend.project)
-        self._progress: dict[str, Progress] = {}
+        self._live = LiveRequests(
+            scheduler, tokenizer, seed=seed, raw_logits=raw_logits, streaming=streaming, keep_hidden=keep_hidden
+        )
+
+    @property
+    def deltas(self) -> list[StepDelta]:
+        """New tokens of the last step, of every request that got some; only if streaming."""
+        return self._live.deltas
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -58,20 +55,9 @@ class EngineLoop:
 
     def add(self, request: GenerationRequest, *, arrival_s: float | None = None) -> None:
         """Queue a request, which arrives now unless told. Raises RequestError as `Scheduler.add`."""
-        params = request.params
-        seed = params.seed if params.seed is not None else [self._seed, self._num_added]
-        self._num_added += 1
         seq = Sequence(request)
         seq.arrival_s = self.now() if arrival_s is None else arrival_s
-        stop_ids = [*self.scheduler.config.eos_token_ids, *params.stop_token_ids]
-        # NOTE: bad words may be refused; nothing is kept of a request until nothing can be
-        sampler = Sampler(params, np.random.default_rng(seed), stop_ids=stop_ids, tokenizer=self.tokenizer)
-        text = None
-        if self.tokenizer is not None:
-            inner = request.is_continued and any(map(self.tokenizer.is_text, request.prompt_token_ids))
-            text = OutputText(self.tokenizer, params, inner=inner)
-        self.scheduler.add(seq)
-        self._progress[request.request_id] = Progress(seq, text, sampler)
+        self._live.add(seq)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request; its blocks come back at once. None if it is not here."""
@@ -85,10 +71,9 @@ class EngineLoop:
     def drop_running(self) -> list[str]:
         """Give up what ran, or had just finished, when a step raised; returns the ids of the requests."""
         self.scheduler.drop_running()
-        lost = [request_id for request_id in self._progress if not self.scheduler.is_live(request_id)]
+        lost = self._live.drop_lost()
         for request_id in lost:
             self.runner.forget(request_id)
-            del self._progress[request_id]
         return lost
 
     def has_work(self) -> bool:
@@ -98,81 +83,24 @@ class EngineLoop:
     def step(self) -> list[RequestOutput]:
         """One step of the model; returns the requests that finished in it."""
         start = self.now()
-        self.deltas = []
         plan = self.scheduler.schedule()
         scheduled = self.now()
         if plan is None:
+            self._live.deltas = []
             return self._hand_out(self.scheduler.take_finished())
         result = self.runner.execute(plan)
         executed = self.now()
         rows = zip(plan.sequences, result.first_rows, strict=True)
-        chosen = [self._choose(entry, result, row) for entry, row in rows]
+        chosen = [self._live.choose(entry, result, row) for entry, row in rows]
         sampled = self.now()
         finished = self.scheduler.commit(plan, chosen)
         committed = self.now()
-        finished += self._file(plan, result, scheduled, committed)
+        finished += self._live.file(plan, result, scheduled, committed)
         filed = self.now()
         outputs = self._hand_out(finished)
-        drafted = [entry for entry in plan.sequences if entry.draft_token_ids]
-        self.step_records.append(
-            StepRecord(
-                start_s=start,
-                end_s=self.now(),
-                schedule_s=scheduled - start,
-                execute_s=executed - scheduled,
-                sample_s=sampled - executed,
-                capture_s=filed - committed,
-                num_tokens=plan.num_tokens,
-                num_logits=len(result.argmax),
-                num_seqs=len(plan.sequences),
-                num_draft_tokens=sum(len(entry.draft_token_ids) for entry in drafted),
-                num_accepted_tokens=sum(max(0, entry.num_accepted - 1) for entry in drafted),
-            )
-        )
+        moments = Moments(start, scheduled, executed, sampled, committed, filed, self.now())
+        self.step_records.append(StepRecord.of(plan, len(result.argmax), moments))
         return outputs
-
-    def _choose(self, entry: ScheduledSequence, result: StepResult, row: int) -> list[int]:
-        """The token after each of the sequence's rows that choose one, -1 where the logits are NaN."""
-        tokens: list[int] = result.argmax[row : row + entry.num_logits].tolist()
-        seq = entry.seq
-        if entry.num_scored and result.argmax[row - entry.num_scored : row].min() < 0:
-            self.scheduler.fail(seq, "the model's logits for a token of the prompt are NaN")
-        if tokens and tokens[0] >= 0 and seq.needs_row:
-            sampler = self._progress[seq.request.request_id].sampler
-            tokens[0] = sampler.choose(result.logits(row), seq.token_ids, seq.num_prompt_tokens)
-        return tokens
-
-    def _file(self, plan: StepPlan, result: StepResult, scheduled_s: float, committed_s: float) -> list[Sequence]:
-        """Give each request what it gained; returns those that a stop string ends."""
-        stopped: list[Sequence] = []
-        for entry, row in zip(plan.sequences, result.first_rows, strict=True):
-            seq = entry.seq
-            if seq.scheduled_s is None:
-                seq.scheduled_s = scheduled_s
-            if entry.num_scored and seq.error is None:
-                self._progress[seq.request.request_id].score_prompt(entry, result, row, raw_logits=self._raw_logits)
-            if not entry.num_accepted:
-                continue
-            if seq.first_token_s is None:
-                seq.first_token_s = committed_s
-            if not (seq.is_watched or self._streaming):
-                continue
-            params = seq.request.params
-            progress = self._progress[seq.request.request_id]
-            shown: list[str] = []
-            text = progress.text
-            if text is not None and (params.stop or self._streaming):
-                shown = progress.read(seq.token_ids[-entry.num_accepted :])
-                if text.stop is not None and self.scheduler.stop(entry, len(shown), text.stop):
-                    stopped.append(seq)
-            if seq.request.capture or params.return_logits or params.logprobs is not None:
-                progress.gather(entry, result, row, raw_logits=self._raw_logits)
-            if self._streaming:
-                hidden = None
-                if self._keep_hidden:
-                    hidden = result.output.final[row : row + entry.num_accepted].copy()
-                self.deltas.append(progress.delta(entry, shown, hidden))
-        return stopped
 
     def _hand_out(self, finished: list[Sequence]) -> list[RequestOutput]:
         """Outputs to return now; those with captured rows may have to wait for others."""
@@ -188,11 +116,7 @@ class EngineLoop:
         return ready
 
     def _outputs(self, finished: list[Sequence]) -> list[tuple[RequestOutput, Finals]]:
-        """NOTE: what these requests hold here goes only once all outputs exist, so that `drop_running` finds them."""
-        now = self.now()
-        progresses = [self._progress[seq.request.request_id] for seq in finished]
-        outputs = [(progress.output(now), progress.finals) for progress in progresses]
+        outputs = self._live.take(finished, self.now())
         for output, _ in outputs:
             self.runner.forget(output.request_id)
-            del self._progress[output.request_id]
         return outputs
