@@ -252,4 +252,4 @@ def test_one_prompt_whose_logits_are_nan_fails_alone(
     assert "NaN" in found["r2"]["error"]
     assert all(found[name]["finish_reason"] in ("length", "stop") for name in ("r0", "r1", "r3"))
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
-    assert "failed_requests" in certificate["reason_codes"]
+    assert "failed_requests" in [reason["code"] for reason in certificate["reasons"]]

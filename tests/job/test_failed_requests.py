@@ -71,8 +71,8 @@ def test_the_others_finish_and_the_run_is_invalid(options: RunOptions) -> None:
     lines, certificate = files(options)
     assert (lines["r1"]["finish_reason"], lines["r1"]["error"]) == ("error", WHY)
     assert all(lines[name]["finish_reason"] in ("length", "stop") for name in ("r0", "r2", "r3"))
-    assert certificate["reason_codes"] == ["failed_requests"]
-    assert "r1" in certificate["reasons"][0]
+    assert [reason["code"] for reason in certificate["reasons"]] == ["failed_requests"]
+    assert "r1" in certificate["reasons"][0]["message"]
     assert certificate["requests"]["rescored"] == 3
     assert result.data["baseline"]["of"] == 3
 
@@ -85,7 +85,7 @@ def test_a_resume_keeps_the_failure_and_finishes_the_rest(options: RunOptions) -
     lines, certificate = files(options)
     assert set(lines) == {"r0", "r1", "r2", "r3"}
     assert lines["r1"]["error"] == WHY
-    assert certificate["reason_codes"] == ["failed_requests"]
+    assert [reason["code"] for reason in certificate["reasons"]] == ["failed_requests"]
 
 
 def test_when_all_fail_the_files_are_there_all_the_same(options: RunOptions) -> None:
@@ -93,5 +93,5 @@ def test_when_all_fail_the_files_are_there_all_the_same(options: RunOptions) -> 
     assert not result.valid
     lines, certificate = files(options)
     assert {line["error"] for line in lines.values()} == {WHY}
-    assert certificate["reason_codes"] == ["failed_requests", "no_captured_rows"]
+    assert [reason["code"] for reason in certificate["reasons"]] == ["failed_requests", "no_captured_rows"]
     assert result.data["baseline"] is None

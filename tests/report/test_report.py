@@ -50,10 +50,12 @@ def test_shows_verdict_speed_and_figures(tmp_path: Path) -> None:
 def test_invalid_shows_its_reasons(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     found = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))
-    write_json(folder / "certificate.json", {**found, "verdict": "INVALID", "reasons": ["row 3 <is> wrong"]})
+    reasons = [{"code": "shape", "message": "row 3 <is> wrong"}, "of an older file"]
+    write_json(folder / "certificate.json", {**found, "verdict": "INVALID", "reasons": reasons})
     page = _page(folder)
     assert '<header class="band invalid">' in page
-    assert "<li>row 3 &lt;is&gt; wrong</li>" in page
+    assert "<li>shape: row 3 &lt;is&gt; wrong</li>" in page
+    assert "<li>of an older file</li>" in page
 
 
 def test_prompts_and_texts_cannot_become_markup(tmp_path: Path) -> None:

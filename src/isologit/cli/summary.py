@@ -100,7 +100,7 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     rows.append(("certificate", certificate["verdict"]))
-    rows += [("reason", reason) for reason in certificate["reasons"]]
+    rows += [("reason", f"{reason['code']}: {reason['message']}") for reason in certificate["reasons"]]
     return rows
 
 

@@ -131,9 +131,7 @@ class Certificate:
         """Pure JSON: no NaN, no infinity."""
         counts = self.requests
         return {
-            "verdict": self.verdict.status,
-            "reasons": [str(reason) for reason in self.reasons],
-            "reason_codes": [reason.code for reason in self.reasons],
+            **self.verdict.to_dict(),
             "statement": self.statement(),
             "mode": self.mode,
             "tolerance": {"atol": self.captured.atol, "rtol": self.captured.rtol},

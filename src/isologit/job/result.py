@@ -188,8 +188,7 @@ def _plan(found: Findings, inference_s: float) -> dict[str, Any] | None:
 def _verdict(certificate: Certificate) -> dict[str, Any]:
     greedy = certificate.greedy
     return {
-        "verdict": certificate.verdict.status,
-        "reasons": [str(reason) for reason in certificate.reasons],
+        **certificate.verdict.to_dict(),
         "rescored": certificate.requests.rescored,
         "captured_rows": certificate.captured.rows,
         "max_abs": certificate.to_dict()["captured"]["max_abs"],

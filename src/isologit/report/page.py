@@ -68,7 +68,7 @@ def render_report(folder: Path) -> Path:
     steps = read_steps(folder / "steps.jsonl")
     page = template("report.html.j2").render(
         verdict=str(certificate.get("verdict") or "NOT CHECKED"),
-        reasons=[str(reason) for reason in certificate.get("reasons") or ()],
+        reasons=[_sentence(reason) for reason in certificate.get("reasons") or ()],
         mode=_mode(result),
         subtitle=_subtitle(result),
         key_figures=_key_figures(result, certificate),
@@ -84,6 +84,11 @@ def render_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_text(path, [page])
     return path
+
+
+def _sentence(reason: Any) -> str:
+    """Of a reason with code and message, or of one sentence, as older files have them."""
+    return "{code}: {message}".format(**reason) if isinstance(reason, dict) else str(reason)
 
 
 def _mode(result: Mapping[str, Any]) -> str:
