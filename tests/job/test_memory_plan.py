@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from isologit.backends.base import Memory
+from isologit.backends.registry import choose_backend
 from isologit.common.memory import FreeMemory
 from isologit.config import PRESETS, EngineOptions, ModelConfig
 from isologit.errors import ConfigError, DatasetError
@@ -72,6 +74,23 @@ def test_keys_and_values_take_no_more_than_half_of_what_is_left() -> None:
     stages = {stage.name: stage for stage in plan(SEVEN, 14.5).stages}
     left = 14.5 * GIB - stages["load"].nbytes
     assert 0 < stages["run"].parts["keys and values"] <= left / 2
+
+
+def test_a_device_with_memory_of_its_own_takes_none_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = choose_backend("cpu")
+    here = plan(SEVEN, 40.0)
+
+    def elsewhere(*args: Any) -> Memory:
+        return replace(planned(*args), on_host=False)
+
+    planned = cpu.plan_memory
+    monkeypatch.setattr(cpu, "plan_memory", elsewhere)
+    there = plan(SEVEN, 40.0)
+    for name in ("weights", "keys and values"):
+        assert here.stages[1].parts[name] > 0
+        assert there.stages[1].parts[name] == 0
+    assert there.stages[1].parts["process"] == here.stages[1].parts["process"]
+    assert there.stages[-1] == here.stages[-1]
 
 
 def test_the_engine_holds_what_was_planned(tmp_path: Path) -> None:

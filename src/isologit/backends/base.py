@@ -40,12 +40,14 @@ class Memory:
     """Bytes of the device's memory.
 
     weights: of the model, in whatever forms they are kept. kv_block: keys and values of one block, over all layers.
-    step_buffers: what steps of the reserved size work in.
+    step_buffers: what steps of the reserved size work in. on_host: whether it is taken from the host's memory, and so
+    from what everything else of a run may hold.
     """
 
     weights: int
     kv_block: int
     step_buffers: int
+    on_host: bool = True
 
 
 class Backend(Protocol):

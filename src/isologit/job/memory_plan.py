@@ -173,7 +173,10 @@ def _fits(stage: Stage, allowed: FreeMemory) -> bool:
 
 
 class _Engine:
-    """What the engine will hold: the same arithmetic on the same numbers as its own."""
+    """What the engine will hold of the host's memory: the same arithmetic on the same numbers as its own.
+
+    A device with memory of its own is left to the engine, which takes there what is free.
+    """
 
     def __init__(
         self,
@@ -191,7 +194,8 @@ class _Engine:
         models = [config] if draft is None else [config, draft]
         self._memories: list[Memory] = [backend.plan_memory(model, load, 1) for model in models]
         self._block_bytes = sum(memory.kv_block for memory in self._memories)
-        self.weights = sum(memory.weights for memory in self._memories)
+        self._on_host = all(memory.on_host for memory in self._memories)
+        self.weights = sum(memory.weights for memory in self._memories) if self._on_host else 0
         read_s = config.num_matmul_parameters * ITEM_BYTES[config.dtype] / _BYTES_PER_S
         cost = StepCost(_STEP_S + read_s, 2 * config.num_matmul_parameters / _FLOP_PER_S)
         chosen = plan(
@@ -205,13 +209,16 @@ class _Engine:
         )
         self._slots = chosen.max_num_seqs
         self.rows = max(CALIBRATION_ROWS[-1], chosen.max_num_batched_tokens)
-        self.step_buffers = sum(backend.plan_memory(model, load, self.rows).step_buffers for model in models)
+        buffers = sum(backend.plan_memory(model, load, self.rows).step_buffers for model in models)
+        self.step_buffers = buffers if self._on_host else 0
 
     def _needs(self) -> list[int]:
         return [-(-(prompt + output - 1) // self._block_size) for prompt, output in self._lengths]
 
     def kv_bytes(self, free: int) -> int:
         """Bytes of keys and values when so many are free once the model is loaded."""
+        if not self._on_host:
+            return 0
         given = self._options.kv_cache_memory_bytes
         most = most_blocks(free, self._block_bytes, given)
         prepared = prepared_blocks(most, self._block_bytes, self._block_size, given)

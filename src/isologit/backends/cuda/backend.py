@@ -109,6 +109,7 @@ class CUDABackend:
             weight_bytes(config, options.max_model_len),
             kv_block_bytes(config, _interpreted()),
             buffer_bytes(config, rows),
+            on_host=_interpreted(),
         )
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
@@ -281,7 +282,12 @@ class CUDABackend:
     def memory(self) -> Memory:
         """What is allocated now."""
         weights = weight_bytes(self.config, self._max_model_len)
-        return Memory(weights, kv_block_bytes(self.config, self._interpret), buffer_bytes(self.config, self._rows))
+        return Memory(
+            weights,
+            kv_block_bytes(self.config, self._interpret),
+            buffer_bytes(self.config, self._rows),
+            on_host=self._interpret,
+        )
 
     def free_memory(self) -> int:
         """Bytes of the device's memory that nobody uses now."""

@@ -20,6 +20,7 @@ from isologit.checkpoints.stored import expected_shapes
 from isologit.config import ModelConfig
 
 _BLOCK_SIZE = 16
+_HOST_MEMORY = ("cpu", "mps")  # devices that compute in it
 _FLOAT32 = 4
 
 
@@ -54,7 +55,8 @@ class TorchBackend:
     def plan_memory(cls, config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
         """As `memory` after `reserve`; torch allocates what a step works in, so that part is an estimate."""
         weights = sum(math.prod(shape) for shape in expected_shapes(config).values())
-        return Memory(weights * _FLOAT32, _kv_block_bytes(config), _step_bytes(config, num_tokens))
+        on_host = choose_device(options.device).type in _HOST_MEMORY
+        return Memory(weights * _FLOAT32, _kv_block_bytes(config), _step_bytes(config, num_tokens), on_host)
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.config: ModelConfig = checkpoint.config
@@ -137,7 +139,8 @@ class TorchBackend:
     def memory(self) -> Memory:
         """What is allocated now."""
         weights = sum(weight.nbytes for weight in self._model.weights())
-        return Memory(weights, _kv_block_bytes(self.config), _step_bytes(self.config, self._num_tokens))
+        on_host = self.device.type in _HOST_MEMORY
+        return Memory(weights, _kv_block_bytes(self.config), _step_bytes(self.config, self._num_tokens), on_host)
 
     def free_memory(self) -> int:
         """Bytes of the device's memory that nobody uses now."""
