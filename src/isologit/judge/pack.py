@@ -175,7 +175,7 @@ def _verify(folder: Path, model: Path | None) -> Verified:
     verdicts: dict[str, EntryVerdict] = {}
     with tempfile.TemporaryDirectory() as scratch:
         others: dict[int, JudgeReference] = {}
-        for sha256 in sorted({run["entry"] for run in runs}):
+        for sha256 in sorted({run["entry"] for run in runs} | set(claimed)):
             entry = Entry(folder / ENTRIES / sha256)
             if entry.sha256() != sha256:
                 problems.append(f"entry {sha256[:12]}: its files have another hash")
@@ -185,8 +185,7 @@ def _verify(folder: Path, model: Path | None) -> Verified:
                     continue
                 found = RunEvidence.read(folder / RUNS / run["id"])
                 evidence.append(found)
-                if (found.run_id, found.kind, found.void) != (run["id"], run["kind"], run["state"] == "voided"):
-                    problems.append(f"run {run['id']}: its evidence is that of another run")
+                problems += _another_run(found, run, entry)
                 spec = RunSpec(round_id, found.run_id, found.kind, int(run["repeat"]), int(run["attempt"]), sha256)
                 problems += _other_draws(found, prompts.of(found.kind, seed, spec.label), seed, spec.label, profile)
                 if found.kind == "perturbed":
@@ -202,6 +201,19 @@ def _verify(folder: Path, model: Path | None) -> Verified:
             if claimed.get(sha256) != verdict.status:
                 problems.append(f"{entry.name}: the pack says {claimed.get(sha256)}, its evidence {verdict.status}")
     return Verified(round_id, verdicts, tuple(problems))
+
+
+def _another_run(found: RunEvidence, run: dict[str, Any], entry: Entry) -> list[str]:
+    """Evidence that is not that of the run whose name it has, or whose time is not what its requests took."""
+    problems = []
+    is_this = (found.run_id, found.kind, found.void, found.entry_sha256, found.commit, found.dialect)
+    should_be = (run["id"], run["kind"], run["state"] == "voided", run["entry"], entry.spec.commit, entry.spec.dialect)
+    if is_this != should_be:
+        problems.append(f"run {run['id']}: its evidence is that of another run")
+    ends = [record.finished_s for record in found.records if record.finished_s is not None]
+    if found.records and found.duration_s != max(ends, default=0.0):
+        problems.append(f"run {run['id']}: its time is not that of its requests")
+    return problems
 
 
 def _missing_runs(profile: Profile, name: str, runs: list[dict[str, Any]], sha256: str) -> list[str]:
