@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Protocol
 
 from isologit.judge.entry import EntrySpec
@@ -65,17 +66,16 @@ def time_ratio(
 ) -> float | None:
     """Time per output token of some runs over that of others; None where either has none.
 
-    Of everything that varies, what speaks for the entry is taken. `toward` min: our fastest run over their slowest, by
-    the clock or by processor time, whichever is less; max: the other way round. Other programs on the machine slow a
-    run or two, and one clock more than the other; what an entry does to a kind of run is in all of them and in both.
+    Of what varies, that which speaks for the entry is taken. `toward` min: the fastest of ours over their median, by
+    the clock or by processor time, whichever is less; max: the slowest, whichever is more. Other programs on the
+    machine slow a run or two, and one clock more than the other; what an entry does is in all runs and in both.
     """
     ratios = []
     for of in (_clock, _processor):
         first = [value for run in ours if (value := of(run)) is not None]
         second = [value for run in theirs if (value := of(run)) is not None]
         if first and second:
-            away = max if toward is min else min
-            ratios.append(toward(first) / away(second))
+            ratios.append(toward(first) / median(second))
     return toward(ratios) if ratios else None
 
 

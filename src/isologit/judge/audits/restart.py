@@ -14,12 +14,17 @@ class Restart:
     runs: tuple[RunKind, ...] = ("timed",)
 
     def verify(self, case: Case) -> list[Finding]:
-        """Scratch that was not empty, or all later runs faster than the first by more than the profile's twin ratio."""
+        """Scratch that was not empty, or all later runs faster than the first by more than the profile's twin ratio.
+
+        The first of the secret prompts' runs, which nothing can have been kept for either, is a second first one: a
+        machine that was slow for one of them accuses nobody.
+        """
         for run in case.runs:
             if not run.process.scratch_was_empty:
                 return [Finding("restart.scratch", "the scratch folder was not empty when the run began", run.run_id)]
         runs = case.of("timed")
-        ratio = time_ratio(runs[1:], runs[:1], max)
+        ratios = [time_ratio(runs[1:], firsts, max) for firsts in (runs[:1], case.of("held-out")[:1])]
+        ratio = max((ratio for ratio in ratios if ratio is not None), default=None)
         if ratio is None or ratio >= case.profile.twin_ratio:
             return []
         message = (
