@@ -52,7 +52,10 @@ class LiveRequests:
         stop_ids = [*self._scheduler.config.eos_token_ids, *params.stop_token_ids]
         # NOTE: bad words may be refused; nothing is kept of a request until nothing can be
         sampler = Sampler(params, np.random.default_rng(seed), stop_ids=stop_ids, tokenizer=self._tokenizer)
-        text = None if self._tokenizer is None else OutputText(self._tokenizer, params)
+        text = None
+        if self._tokenizer is not None:
+            inner = seq.request.is_continued and any(map(self._tokenizer.is_text, seq.request.prompt_token_ids))
+            text = OutputText(self._tokenizer, params, inner=inner)
         self._scheduler.add(seq)
         self._progress[seq.request.request_id] = Progress(seq, text, sampler)
 
