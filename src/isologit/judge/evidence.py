@@ -104,6 +104,7 @@ class ProcessFacts:
     sandbox: str = "none"
     mounts: list[str] = field(default_factory=list)
     own_namespaces: list[str] = field(default_factory=list)
+    peers: list[str] = field(default_factory=list)  # addresses it was connected to, other than its own
     allowed_mounts: list[str] = field(default_factory=list)
     problem: str | None = None
 

@@ -241,7 +241,9 @@ class EntryProcess:
         assert self._supervisor is not None
         while not self._stopping.wait(_WATCH_S):
             family = self._family()
-            if not self._practice:
+            if self._practice:
+                self.facts.peers = sorted({*self.facts.peers, *_peers(family)})
+            else:
                 seen = other_namespaces(family, self._supervisor)
                 self.facts.own_namespaces = sorted({*self.facts.own_namespaces, *seen})
             problem = self._over_limit(family)
@@ -353,6 +355,20 @@ class _StatusPipe:
         if end in self._open:
             self._open.remove(end)
             os.close(end)
+
+
+def _peers(family: Sequence[psutil.Process]) -> set[str]:
+    """Addresses that the processes are connected to, of connections that they opened themselves."""
+    found: set[str] = set()
+    listening: set[int] = set()
+    for process in family:
+        try:
+            connections = process.net_connections(kind="inet")
+        except psutil.Error:
+            continue
+        listening |= {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+        found |= {f"{c.raddr.ip}:{c.raddr.port}" for c in connections if c.raddr and c.laddr.port not in listening}
+    return found
 
 
 def _free_port() -> int:

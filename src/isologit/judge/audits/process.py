@@ -56,6 +56,22 @@ def _least_cpu_s(case: Case, run: RunEvidence) -> float | None:
     return 2.0 * case.reference.num_parameters * tokens / (_NARROW * peak)
 
 
+class Network:
+    """In a sandbox there is no network but its own; without one, what the entry is connected to is looked at."""
+
+    name = "network"
+    title = "nobody else computes"
+    runs: tuple[RunKind, ...] = ()
+
+    def verify(self, case: Case) -> list[Finding]:
+        """Runs in which the entry was connected to anything."""
+        for run in case.runs:
+            if run.process.peers:
+                message = f"the entry was connected to {run.process.peers[0]} while it was timed"
+                return [Finding("network.connected", message, run.run_id)]
+        return []
+
+
 class LeftBehind:
     """When an entry has been stopped, no process of it is there."""
 
@@ -141,4 +157,4 @@ class Attempts:
         return [Finding("attempts.crashed", message, crashed[0].run_id)]
 
 
-AUDITS = (StartUp(), ProcessorTime(), LeftBehind(), Frozen(), Mounts(), Canary(), Attempts())
+AUDITS = (StartUp(), ProcessorTime(), Network(), LeftBehind(), Frozen(), Mounts(), Canary(), Attempts())
