@@ -35,8 +35,18 @@ def test_a_model_without_a_tokenizer_gets_the_built_in_prompts_as_the_demo_model
     assert prepared.sha256() == preprocess(demo, UnloadedModel(demo)).sha256()
 
 
-def test_text_of_a_file_needs_a_tokenizer(options: RunOptions, tmp_path: Path) -> None:
+def test_text_for_random_weights_is_the_demo_models_tokens(options: RunOptions, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("Describe the fox.\n")
+    asked, demo = replace(options, dataset=file), RunOptions(dataset=file, limit=5)
+    prepared = preprocess(asked, UnloadedModel(options))
+    assert prepared.sha256() == preprocess(demo, UnloadedModel(demo)).sha256()
+
+
+def test_text_for_trained_weights_needs_their_tokenizer(options: RunOptions, tmp_path: Path) -> None:
+    """Another tokenizer's ids would mean something else to a model that knows text."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("Describe the fox.\n")
+    trained = replace(options, dataset=file, engine=replace(options.engine, load_format="auto"))
     with pytest.raises(DatasetError, match="name one with --tokenizer"):
-        preprocess(replace(options, dataset=file), UnloadedModel(options))
+        preprocess(trained, UnloadedModel(options))

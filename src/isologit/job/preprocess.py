@@ -69,8 +69,9 @@ def preprocess(options: RunOptions, model: Model) -> Prepared:
 
     Raises DatasetError when the file cannot be read, when the replay file lacks a request, or when nothing can run.
     """
-    listed = _read(options, model)
-    replay = None if options.replay is None else load_replay(options.replay, model.tokenizer)
+    tokenizer = _tokenizer(options, model)
+    listed = _read(options, tokenizer)
+    replay = None if options.replay is None else load_replay(options.replay, tokenizer)
     requests: list[GenerationRequest] = []
     order: list[str | BadRequest] = []
     for entry in listed:
@@ -78,7 +79,7 @@ def preprocess(options: RunOptions, model: Model) -> Prepared:
             order.append(entry)
             continue
         try:
-            request = _request(entry, options, model, replay)
+            request = _request(entry, options, model, tokenizer, replay)
             model.check(request)
         except RequestError as error:
             order.append(BadRequest(entry.id, entry.where, str(error), entry.prompt))
@@ -98,26 +99,32 @@ def preprocess(options: RunOptions, model: Model) -> Prepared:
     return prepared
 
 
-def _read(options: RunOptions, model: Model) -> list[RequestSpec | BadRequest]:
+def _tokenizer(options: RunOptions, model: Model) -> Tokenizer | None:
+    """What makes prompts into tokens. A model that has no tokenizer and never saw text can take any, the demo's too."""
+    if model.tokenizer is None and (options.dataset_file is None or options.engine.load_format == "dummy"):
+        return load_tokenizer(demo_model_path())
+    return model.tokenizer
+
+
+def _read(options: RunOptions, tokenizer: Tokenizer | None) -> list[RequestSpec | BadRequest]:
     file = options.dataset_file
     if file is not None:
         return load_dataset(
             file,
-            model.tokenizer,
+            tokenizer,
             limit=options.limit,
             default_max_new_tokens=options.max_new_tokens,
             format=options.dataset_format,
         )
-    specs = builtin_requests() if options.limit is None else builtin_requests(options.limit)
-    if model.tokenizer is not None:
-        return list(specs)
-    demo = load_tokenizer(demo_model_path())  # any tokens do for a model that knows no text, such as random weights
-    assert demo is not None
-    return [replace(spec, prompt_token_ids=demo.encode(spec.prompt or "")) for spec in specs]
+    return list(builtin_requests() if options.limit is None else builtin_requests(options.limit))
 
 
 def _request(
-    spec: RequestSpec, options: RunOptions, model: Model, replay: Mapping[str, list[int]] | None
+    spec: RequestSpec,
+    options: RunOptions,
+    model: Model,
+    tokenizer: Tokenizer | None,
+    replay: Mapping[str, list[int]] | None,
 ) -> GenerationRequest:
     forced = None
     if replay is not None:
@@ -129,11 +136,11 @@ def _request(
             raise RequestError(f"request {spec.id}: its recorded answer is empty; record at least one token")
     ids = spec.prompt_token_ids
     if ids is None:
-        if model.tokenizer is None:
+        if tokenizer is None:
             raise DatasetError(
                 f"{spec.where}: the prompt is text and the model has no tokenizer; name one with --tokenizer"
             )
-        ids = model.tokenizer.encode(spec.prompt) if spec.prompt else []
+        ids = tokenizer.encode(spec.prompt) if spec.prompt else []
     length = spec.max_new_tokens if forced is None else len(forced)
     params = SamplingParams(max_tokens=length, ignore_eos=options.ignore_eos)
     return GenerationRequest(spec.id, list(ids), params, prompt=spec.prompt, replay_token_ids=forced)
