@@ -61,8 +61,8 @@ def test_nothing_is_lost_and_nothing_leaks(cases: Sequence[Case]) -> None:
         assert open_files() <= files
         engine = server.service.engine
         assert not engine._streams
-        assert not engine._waiting
-        assert not engine.engine._progress
+        assert engine.num_waiting == 0
+        assert not engine.engine._live._progress
         assert not engine.engine.runner._tables
 
 

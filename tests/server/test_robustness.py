@@ -277,7 +277,7 @@ def test_an_engine_thread_that_dies_leaves_nobody_waiting(start: Callable[..., R
 def test_an_unexpected_error_is_told_in_the_dialects_form_and_hurts_nobody(
     server: Running, spoken: Spoken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(ids: list[int], params: Any) -> GenerationRequest:
+    def broken(*args: Any, **more: Any) -> GenerationRequest:
         raise KeyError(SECRET)
 
     with monkeypatch.context() as patch:
@@ -299,7 +299,7 @@ Runner.execute = execute
 """.replace("SECRET", SECRET)
 BREAK_HANDLERS = """
 from isologit.server.service import Service
-def request(self, ids, params): raise ValueError("SECRET")
+def request(self, *args, **more): raise ValueError("SECRET")
 Service.request = request
 """.replace("SECRET", SECRET)
 LOG_MESSAGES = """

@@ -41,10 +41,13 @@ class ServerProcess:
         self._log = log
         self._log_is_kept = log_is_kept
         self._log_start = log_start  # bytes that were in the file before
+        self._kept_output: str | None = None
 
     @property
     def output(self) -> str:
-        """Everything written to standard output and standard error so far."""
+        """Everything written to standard output and standard error so far; all of it once the server has ended."""
+        if self._kept_output is not None:
+            return self._kept_output
         with self._log.open("rb") as file:
             file.seek(self._log_start)
             return file.read().decode(errors="replace")
@@ -69,6 +72,7 @@ class ServerProcess:
             self.wait(patience_s)
         self._signal_group(signal.SIGKILL)
         self._popen.wait()
+        self._kept_output = self.output  # NOTE: a temporary log goes with the block
 
     def wait_until_it_serves(self, url: str | None, start_s: float) -> None:
         """Until it listens at `url`, or, where that is None, until it has written where it listens.
