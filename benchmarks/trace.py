@@ -80,7 +80,7 @@ def main() -> None:
         sizes = {name: llm.describe()[name] for name in ("weight_bytes", "step_bytes")}
         runs.append(
             {
-                "seconds": seconds,
+                "run_s": seconds,
                 "steps": len(steps),
                 "predicted_steps": plan.predicted_steps,
                 "predicted_s": plan.predicted_seconds,
@@ -94,7 +94,7 @@ def main() -> None:
         "model": args.model,
         "requests": args.requests,
         "seed": args.seed,
-        "median_s": float(np.median([run["seconds"] for run in runs])),
+        "median_s": float(np.median([run["run_s"] for run in runs])),
         "median_limit_over_time": float(np.median([run["limit_over_time"] for run in runs])),
         "engine": llm.describe(),
         "hardware": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
