@@ -210,6 +210,7 @@ def test_a_model_that_does_not_fit_is_refused_in_one_line_before_anything_is_loa
     invoke: Invoke, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("isologit.job.preview.free_memory", lambda: FreeMemory(1 << 20, "the control group"))
+    monkeypatch.setattr("isologit.job.preview.resident_bytes", lambda: 0)  # not what other tests left behind
     monkeypatch.setattr("isologit.job.run.load_engine", None)
     done = invoke("run", "--dataset", prompts, "--output", tmp_path / "out")
     assert done.exit_code == 2
