@@ -22,7 +22,7 @@ def entry(folder: Path, text: str) -> Entry:
 
 def test_the_command_is_filled_in(tmp_path: Path) -> None:
     made = entry(tmp_path, GOOD)
-    words = made.command(port=81, model="/m", scratch="/s", entry="/e", python="py")
+    words = made.command(port=81, model="/m", scratch="/s", entry="/e", build="/b", python="py")
     assert words == ["py", "/e/server.py", "--port", "81"]
 
 

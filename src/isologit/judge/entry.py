@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from isologit.errors import UserError
 
 ENTRY_FILE = "entry.yaml"
-PLACEHOLDERS = ("{port}", "{model}", "{entry}", "{scratch}", "{python}")
+PLACEHOLDERS = ("{port}", "{model}", "{entry}", "{scratch}", "{build}", "{python}")
 _ALIKE = frozenset({"LATIN", "GREEK", "CYRILLIC"})
 _MOST_FILES, _MOST_BYTES = 10_000, 1 << 30
 
@@ -36,6 +37,7 @@ class EntrySpec(BaseModel):
     name: Name
     team: Annotated[str, StringConstraints(max_length=80)] = ""
     command: tuple[str, ...] = Field(min_length=1, max_length=64)
+    build: tuple[str, ...] = Field(default=(), max_length=64)
     dialect: Literal["openai", "llm-serving", "tgi"] = "openai"
     served_model: Annotated[str, StringConstraints(max_length=120)] = "isologit"
     commit: bool = False
@@ -131,15 +133,23 @@ class Entry:
         lines = "".join(f"{digest}  {name}\n" for name, digest in self.files().items())
         return hashlib.sha256(lines.encode()).hexdigest()
 
-    def command(self, *, port: int, model: str, scratch: str, entry: str, python: str) -> list[str]:
+    def command(self, *, port: int, model: str, scratch: str, entry: str, build: str, python: str) -> list[str]:
         """The command with its placeholders filled in."""
-        values = dict(zip(PLACEHOLDERS, (str(port), model, entry, scratch, python), strict=True))
-        words = []
-        for word in self.spec.command:
-            for placeholder, value in values.items():
-                word = word.replace(placeholder, value)
-            words.append(word)
-        return words
+        return _filled(self.spec.command, str(port), model, entry, scratch, build, python)
+
+    def build_command(self, *, model: str, scratch: str, entry: str, build: str, python: str) -> list[str]:
+        """What makes the entry's `{build}` folder, once, before the round; it serves nothing, so it has no port."""
+        return _filled(self.spec.build, "{port}", model, entry, scratch, build, python)
+
+
+def _filled(words: Sequence[str], *values: str) -> list[str]:
+    """The words with the placeholders' values in place, in the order of `PLACEHOLDERS`."""
+    filled = []
+    for word in words:
+        for placeholder, value in zip(PLACEHOLDERS, values, strict=True):
+            word = word.replace(placeholder, value)
+        filled.append(word)
+    return filled
 
 
 def look(name: str) -> str:

@@ -37,7 +37,7 @@ from isologit.judge.profile import Limits
 from isologit.judge.sandbox import WRITABLE, View, inside, limit, outside, sandbox_problem, sandboxed
 
 _FOLDER = Path(__file__).parent
-_OUTSIDE = {"PATH": os.environ.get("PATH", os.defpath)}  # bubblewrap's own environment can be read in the sandbox
+OUTSIDE = {"PATH": os.environ.get("PATH", os.defpath)}  # bubblewrap's own environment can be read in the sandbox
 _POLL_S = 0.05
 _WATCH_S = 0.25
 _LOG_BYTES = 256 << 10  # of an entry's output that is kept
@@ -69,15 +69,17 @@ class Running:
 class EntryProcess:
     """One life of an entry. `facts` and `log` are complete when the `running` block has been left.
 
-    model: the folder of weights that it may read. folder: where a scratch may be made in practice mode, without a
-    sandbox, for machines that have none.
+    model: the folder of weights that it may read. build: what the entry built before the round. folder: where a
+    scratch may be made in practice mode, without a sandbox, for machines that have none.
     """
 
-    def __init__(self, entry: Entry, model: Path, limits: Limits, folder: Path, *, practice: bool) -> None:
+    def __init__(
+        self, entry: Entry, model: Path, limits: Limits, folder: Path, *, practice: bool, build: Path | None = None
+    ) -> None:
         self.facts = ProcessFacts(sandbox="none" if practice else "bubblewrap")
         self.log = b""
         self._entry, self._model, self._limits, self._practice = entry, model.resolve(), limits, practice
-        self._folder = folder
+        self._folder, self._build = folder, build
         self._process: subprocess.Popen[bytes] | None = None
         self._init_pid: int | None = None  # of the sandbox; in whose namespaces the entry is
         self._supervisor: int | None = None
@@ -129,7 +131,12 @@ class EntryProcess:
         limits = self._limits
         view = self._view()
         words = self._entry.command(
-            port=port, model=view.model, scratch=view.scratch, entry=view.entry, python=sys.executable
+            port=port,
+            model=view.model,
+            scratch=view.scratch,
+            entry=view.entry,
+            build=view.build,
+            python=sys.executable,
         )
         tasks = 0 if self._practice else limits.processes + _THREADS
         command = [sys.executable, "-I", "-S", view.supervisor, str(self._status.write_end), str(limits.stop_s),
@@ -142,7 +149,7 @@ class EntryProcess:
         else:
             command, self.facts.allowed_mounts = sandboxed(
                 command, entry=self._entry.folder, model=self._model, limits=limits, info_fd=write_info,
-                environment=environment,
+                environment=environment, build=self._build,
             )  # fmt: skip
         with os.fdopen(read_info) as info:
             try:
@@ -153,7 +160,7 @@ class EntryProcess:
                     stderr=subprocess.STDOUT,
                     pass_fds=(self._status.write_end, write_info),
                     cwd=self._entry.folder,
-                    env=_OUTSIDE,
+                    env=OUTSIDE,
                     start_new_session=True,
                     preexec_fn=limit(limits),
                 )
@@ -192,7 +199,7 @@ class EntryProcess:
             return inside()
         self._scratch = Path(tempfile.mkdtemp(prefix="scratch-", dir=self._folder)).resolve()
         self.facts.scratch_was_empty = not any(self._scratch.iterdir())
-        return outside(self._entry.folder, self._model, self._scratch)
+        return outside(self._entry.folder, self._model, self._scratch, self._build)
 
     def _answers(self, port: int, deadline: float) -> bool:
         """Whether the health path answers with 200 before the deadline and the entry's end."""
@@ -260,7 +267,7 @@ class EntryProcess:
         files = psutil.virtual_memory().shared - self._files_in_memory - len(WRITABLE) * limits.scratch_gib * (1 << 30)
         if max(files, memory_bytes(family, most)) > most:
             return f"used more than {limits.memory_gib:g} GiB of memory"
-        if self._scratch is not None and _size(self._scratch) > limits.scratch_gib * (1 << 30):
+        if self._scratch is not None and folder_bytes(self._scratch) > limits.scratch_gib * (1 << 30):
             return f"kept more than {limits.scratch_gib:g} GiB in its scratch"
         return None
 
@@ -390,7 +397,7 @@ def _child_pid(info: int, deadline: float) -> int | None:
     return pid
 
 
-def _size(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder that somebody else is writing to."""
     total = 0
     for parent, _, names in os.walk(folder):

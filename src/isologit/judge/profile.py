@@ -35,9 +35,11 @@ class Load(_Part):
 class Limits(_Part):
     """What an entry may use. Seconds, GiB, MiB and counts; start_cpu_s is processor time before the first request.
 
-    silence_s: without a token of any request. cores: pinned to the first ones that the judge has; None for all.
+    build_s: of an entry's build, before the round. silence_s: without a token of any request. cores: pinned to the
+    first ones that the judge has; None for all.
     """
 
+    build_s: PositiveFloat = 1800.0
     start_s: PositiveFloat = 300.0
     start_cpu_s: PositiveFloat = 600.0
     request_s: PositiveFloat = 3600.0

@@ -23,6 +23,7 @@ from isologit.common.environment import describe_environment
 from isologit.errors import ModelError, UserError
 from isologit.judge.audits import audits_of
 from isologit.judge.audits.base import Case
+from isologit.judge.build import build_entry
 from isologit.judge.canary import canary_seconds, peak_flop_per_s
 from isologit.judge.database import JUDGED, Database, EntryRow, RoundRow, RunRow, VerdictRow, now
 from isologit.judge.entry import Entry, EntryError, look
@@ -38,7 +39,7 @@ from isologit.judge.verdict import EntryVerdict, judge_case
 from isologit.text.tokenizer import load_tokenizer
 from isologit.workload import demo_model_path
 
-ENTRIES, RUNS, LOGS, PERTURBED = "entries", "runs", "logs", "perturbed"
+ENTRIES, BUILDS, RUNS, PERTURBED = "entries", "builds", "runs", "perturbed"
 LOCK_FILE = "judge.lock"
 _AUDIT_REPEATS = 2  # runs of each kind besides the timed ones
 _MOST_VOIDS = 2  # of one run: afterwards it counts, whatever the machine does
@@ -96,6 +97,8 @@ class Judge:
         where = model_folder(profile, model)
         seed = seed or RoundSeed.draw()
         frozen = [self._freeze(entry) for entry in entries]
+        for entry in frozen:
+            self._build(entry, where, profile, practice=practice)
         round_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + seed.published[:6]
         with self.database.session() as session:
             rows = {name: self._entry_row(session, entry) for name, entry in zip(names, frozen, strict=True)}
@@ -132,6 +135,10 @@ class Judge:
                 raise EntryError(f"{entry.folder}: its files changed while they were copied; hand it in again")
             os.replace(partial, target)
         return Entry(target)
+
+    def _build(self, entry: Entry, model: Path, profile: Profile, *, practice: bool) -> Path | None:
+        target = self.folder / BUILDS / entry.folder.name
+        return build_entry(entry, model, profile.limits, target, practice=practice)
 
     @staticmethod
     def _entry_row(session: Any, entry: Entry) -> EntryRow:
@@ -287,7 +294,17 @@ class Judge:
         partial.mkdir(parents=True)
         before = canary_seconds()
         spec = RunSpec(run.round_id, run.id, kind, run.repeat, run.attempt, run.entry.sha256)
-        evidence, log = perform_run(spec, entry, profile, prompts, where, seed, partial, practice=practice)
+        evidence, log = perform_run(
+            spec,
+            entry,
+            profile,
+            prompts,
+            where,
+            seed,
+            partial,
+            practice=practice,
+            build=self._build(entry, model, profile, practice=practice),
+        )
         evidence.canary_s = (before, canary_seconds())
         evidence.peak_flop_per_s = peak_flop_per_s()
         drift = abs(evidence.canary_s[1] / evidence.canary_s[0] - 1)

@@ -47,14 +47,16 @@ def perform_run(
     folder: Path,
     *,
     practice: bool,
+    build: Path | None = None,
 ) -> tuple[RunEvidence, bytes]:
     """Evidence, and the end of what the entry wrote. folder: for the load's own files, which are gone afterwards.
+    build: what the entry built.
 
     Whatever the entry does, this ends within the profile's limits and raises nothing. Raises SandboxError when the
     judge's own sandbox fails.
     """
     nonce = seed.derive("nonce", spec.label).hex()
-    process = EntryProcess(entry, model, profile.limits, folder, practice=practice)
+    process = EntryProcess(entry, model, profile.limits, folder, practice=practice, build=build)
     evidence = RunEvidence(
         round_id=spec.round_id,
         run_id=spec.run_id,

@@ -18,7 +18,7 @@ from pathlib import Path
 import isologit
 from isologit.judge.profile import Limits
 
-ENTRY, MODEL, SCRATCH, SUPERVISOR = "/entry", "/model", "/scratch", "/judge/supervisor.py"
+ENTRY, MODEL, SCRATCH, BUILD, SUPERVISOR = "/entry", "/model", "/scratch", "/build", "/judge/supervisor.py"
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": SCRATCH, "TMPDIR": "/tmp"}
 WRITABLE = ("/tmp", SCRATCH, "/dev/shm")
@@ -32,6 +32,7 @@ class View:
     entry: str
     model: str
     scratch: str
+    build: str
     supervisor: str
 
 
@@ -46,28 +47,41 @@ def sandbox_problem() -> str | None:
 
 
 def sandboxed(
-    command: list[str], *, entry: Path, model: Path, limits: Limits, info_fd: int, environment: dict[str, str]
+    command: list[str],
+    *,
+    entry: Path,
+    model: Path,
+    limits: Limits,
+    environment: dict[str, str],
+    build: Path | None = None,
+    building: bool = False,
+    info_fd: int | None = None,
 ) -> tuple[list[str], list[str]]:
     """The command inside bubblewrap, and the mount points that it may see.
 
     Read-only: system, Python's runtime, entry, weights. Writable: a scratch, /tmp and /dev/shm in memory, each with a
     limit. No network but its own loopback, no capabilities, no other process, an environment that is made here.
+    build: what the entry built, read-only but while it is `building`. info_fd: where bubblewrap says which process is
+    the sandbox's first.
     """
     scratch_bytes = int(limits.scratch_gib * (1 << 30))
     binds = [(path, path) for path in _runtime()]
     binds += [(str(entry), ENTRY), (str(model), MODEL), (str(_supervisor_file()), SUPERVISOR)]
     words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
-    words += ["--info-fd", str(info_fd), "--proc", "/proc", "--dev", "/dev"]
+    words += [] if info_fd is None else ["--info-fd", str(info_fd)]
+    words += ["--proc", "/proc", "--dev", "/dev"]
     for place in WRITABLE:
         words += ["--size", str(scratch_bytes), "--tmpfs", place]
     for source, target in binds:
         words += ["--ro-bind", source, target]
+    if build is not None:
+        words += ["--bind" if building else "--ro-bind", str(build), BUILD]
     for place in ("/", "/dev"):  # NOTE: both are memory without a limit
         words += ["--remount-ro", place]
     for name, value in {**_ENVIRONMENT, **environment}.items():
         words += ["--setenv", name, value]
     words += ["--chdir", ENTRY, "--", *command]
-    return words, sorted({"/", "/tmp", SCRATCH, *(target for _, target in binds)})
+    return words, sorted({"/", "/tmp", SCRATCH, *([BUILD] if build else []), *(target for _, target in binds)})
 
 
 def limit(limits: Limits) -> Callable[[], None]:
@@ -88,12 +102,12 @@ def limit(limits: Limits) -> Callable[[], None]:
 
 def inside() -> View:
     """Paths in the sandbox."""
-    return View(ENTRY, MODEL, SCRATCH, SUPERVISOR)
+    return View(ENTRY, MODEL, SCRATCH, BUILD, SUPERVISOR)
 
 
-def outside(entry: Path, model: Path, scratch: Path) -> View:
+def outside(entry: Path, model: Path, scratch: Path, build: Path | None) -> View:
     """Paths without one."""
-    return View(str(entry), str(model), str(scratch), str(_supervisor_file()))
+    return View(str(entry), str(model), str(scratch), "" if build is None else str(build), str(_supervisor_file()))
 
 
 def _supervisor_file() -> Path:

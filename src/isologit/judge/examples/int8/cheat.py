@@ -1,6 +1,12 @@
 """The plain entry with weights rounded to eight bits: the texts are nearly the same, the logits are not."""
 
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
+
+sys.path.append(str(Path(find_spec("isologit").origin).parent / "judge" / "examples" / "numpy"))
 
 import server
 
