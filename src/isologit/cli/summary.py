@@ -79,10 +79,11 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("interrupted", f"{len(data['segments'])} segments, their times added up"))
     baseline = data["baseline"]
     if baseline is not None:
+        same = "request" if baseline["requests"] == 1 else f"{baseline['requests']} requests"
         rows.append(
             (
                 "speed-up",
-                f"{baseline['speedup']:.1f}x on the same {baseline['requests']} requests: baseline "
+                f"{baseline['speedup']:.1f}x on the same {same}: baseline "
                 f"{baseline['seconds']:.2f} s in {baseline['dtype']}, engine {baseline['engine_s']:.2f} s",
             )
         )

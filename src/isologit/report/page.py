@@ -112,9 +112,11 @@ def _key_figures(result: Mapping[str, Any], certificate: Mapping[str, Any]) -> l
         shown.append(KeyFigure("Requests", f"{completed:,}", f"completed · {failed:,} failed"))
     baseline = dig(result, "baseline")
     if isinstance(baseline, Mapping) and baseline.get("speedup") is not None:
+        count = baseline.get("requests")
+        same = "request" if count == 1 else f"{text.value(count)} requests"
         note = (
             f"over the baseline: {text.seconds(baseline.get('seconds'))} → {text.seconds(baseline.get('engine_s'))} "
-            f"on the same {text.value(baseline.get('requests'))} requests"
+            f"on the same {same}"
         )
         shown.append(KeyFigure("Speed-up", f"{baseline['speedup']:.1f}×", note))
     worst = dig(certificate, "captured.max_abs")
