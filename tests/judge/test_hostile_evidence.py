@@ -13,13 +13,13 @@ from isologit.judge.audits import AUDITS, Case
 from isologit.judge.audits.logprobs import _not_among
 from isologit.judge.entry import Entry, EntryError, EntrySpec
 from isologit.judge.evidence import ProcessFacts, RequestEvidence, RunEvidence, RunKind
-from isologit.judge.pack import _missing_runs
 from isologit.judge.pages import _words
 from isologit.judge.profile import Load, Profile, Prompts
 from isologit.judge.prompts import draw_prompts
 from isologit.judge.round import Judge, run_kinds
 from isologit.judge.seeds import RoundSeed
 from isologit.judge.verdict import judge_case
+from isologit.judge.verify import missing_runs
 from isologit.judge.wire import Answer, WireError, _add_tokens
 from isologit.text.tokenizer import load_tokenizer
 from isologit.workload import demo_model_path
@@ -116,9 +116,9 @@ def test_every_check_is_against_the_timed_runs() -> None:
 def test_a_pack_without_one_of_its_runs_is_not_whole() -> None:
     profile = Profile(name="p", title="p", repeats=2, audits=("rescoring",))
     runs = [{"entry": "e", "kind": "timed", "repeat": i, "state": "done"} for i in range(2)]
-    assert not _missing_runs(profile, "E", runs, "e")
-    assert len(_missing_runs(profile, "E", runs[:1], "e")) == 1
-    assert len(_missing_runs(profile, "E", [*runs, runs[0]], "e")) == 1
+    assert not missing_runs(profile, "E", runs, "e")
+    assert len(missing_runs(profile, "E", runs[:1], "e")) == 1
+    assert len(missing_runs(profile, "E", [*runs, runs[0]], "e")) == 1
 
 
 def an_entry(folder: Path, name: str) -> Entry:

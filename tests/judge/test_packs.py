@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select
+from tests.judge.small_round import practice
 
+from isologit.judge import verify
 from isologit.judge.board import read_board
 from isologit.judge.database import Database, RoundRow, VerdictRow
-from isologit.judge.pack import HASHES_FILE, ROUND_FILE, _verify, _wrong_hashes, unpack, verify_pack, write_pack
+from isologit.judge.pack import HASHES_FILE, ROUND_FILE, unpack, write_pack
 from isologit.judge.pages import board_page
 from isologit.judge.panel import PanelError, medals, record_points
 from isologit.judge.round import Judge
 from isologit.judge.seeds import RoundSeed
+from isologit.judge.verify import verify_folder, verify_pack, wrong_hashes
 
 Round = tuple[Path, str]
 
@@ -27,6 +31,14 @@ Round = tuple[Path, str]
 def packed(finished_round: Round, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, round_id = finished_round
     return write_pack(Database(folder), round_id, tmp_path_factory.mktemp("pack") / "round.zip")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_reference() -> Iterator[None]:
+    """The reference is loaded once, and keeps what it has computed."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verify, "JudgeReference", cache(verify.JudgeReference))
+        yield
 
 
 @pytest.fixture
@@ -42,22 +54,23 @@ def test_an_untouched_pack_agrees(packed: Path) -> None:
         "Plain numpy": "VALID",
         "Int8 weights": "INVALID",
     }
+    assert found.ranks == ({} if practice() else {"Plain numpy": 1})
 
 
 def test_any_changed_file_is_named(unpacked: Path) -> None:
-    assert _wrong_hashes(unpacked) == []
+    assert wrong_hashes(unpacked) == []
     files = [path for path in sorted(unpacked.rglob("*")) if path.is_file() and path.name != HASHES_FILE]
     assert len(files) > 10
     for file in files:
         data = file.read_bytes()
         name = file.relative_to(unpacked).as_posix()
         file.write_bytes(data + b"\n")
-        assert _wrong_hashes(unpacked) == [f"{name} is not the file that was packed"]
+        assert wrong_hashes(unpacked) == [f"{name} is not the file that was packed"]
         file.unlink()
-        assert _wrong_hashes(unpacked) == [f"{name} is missing"]
+        assert wrong_hashes(unpacked) == [f"{name} is missing"]
         file.write_bytes(data)
     (unpacked / "more").write_text("")
-    assert _wrong_hashes(unpacked) == ["more is not listed"]
+    assert wrong_hashes(unpacked) == ["more is not listed"]
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -92,6 +105,24 @@ def change_records(folder: Path, change: Callable[[list[dict[str, Any]]], object
 
 def hide_the_cheat(folder: Path) -> None:
     change_round(folder, verdicts=[{**v, "status": "VALID"} for v in about(folder)["verdicts"]])
+
+
+def another_time(folder: Path) -> None:
+    """In the run and in its requests."""
+    change_records(folder, lambda records: [r.update(finished_s=2 * r["finished_s"]) for r in records])
+    file = run_of(folder, "Plain numpy") / "run.json"
+    change_run(folder, duration_s=2 * json.loads(file.read_text())["duration_s"])
+
+
+def leave_a_time_out(folder: Path) -> None:
+    gone = run_of(folder, "Plain numpy").name
+    runs = [{**run, "state": "voided"} if run["id"] == gone else run for run in about(folder)["runs"]]
+    change_round(folder, runs=runs)
+    change_run(folder, void=True)
+
+
+def change_places(folder: Path, **fields: Any) -> None:
+    change_round(folder, places=[{**place, **fields} for place in about(folder)["places"]])
 
 
 def leave_out_a_run(folder: Path) -> None:
@@ -131,6 +162,11 @@ def edit_the_entry(folder: Path) -> None:
         (leave_out_a_run, "timed run 1 is there 0 times"),
         (swap_runs, "its evidence is that of another run"),
         (edit_the_entry, "its files have another hash"),
+        (another_time, "the times in the pack are not those of its runs"),
+        (leave_a_time_out, "its time does not count, but the machine did not drift"),
+        (lambda f: change_places(f, rank=2), "Plain numpy: the pack says rank 2, its evidence"),
+        (lambda f: change_places(f, times_s=[0.1]), "the times in the pack are not those of its runs"),
+        (lambda f: change_places(f, ratio=0.9), "the pack says ratio 0.9, its runs give 1"),
     ],
 )  # fmt: skip
 def test_tampering_is_found_though_the_hashes_fit(unpacked: Path, tamper: Callable[[Path], None], said: str) -> None:
@@ -141,8 +177,8 @@ def test_tampering_is_found_though_the_hashes_fit(unpacked: Path, tamper: Callab
         if path.is_file() and path.name != HASHES_FILE
     ]
     (unpacked / HASHES_FILE).write_text("".join(lines))
-    assert _wrong_hashes(unpacked) == []
-    assert said in " ".join(_verify(unpacked, None).problems)
+    assert wrong_hashes(unpacked) == []
+    assert said in " ".join(verify_folder(unpacked, None).problems)
 
 
 def copied(finished_round: Round, tmp_path: Path) -> Round:

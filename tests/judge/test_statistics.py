@@ -76,3 +76,11 @@ def test_clear_differences_have_ranks_of_their_own() -> None:
     base = np.array([10.0, 10.4, 9.8, 10.1, 10.2, 9.9, 10.0, 10.3, 9.7, 10.1])
     found = statistics.rank({"a": base.tolist(), "b": (base * 0.9).tolist(), "c": (base * 0.8).tolist()}, "a")
     assert [(place.name, place.rank) for place in found] == [("c", 1), ("b", 2), ("a", 3)]
+
+
+def test_an_anchor_that_is_not_valid_takes_no_rank() -> None:
+    base = np.array([10.0, 10.4, 9.8, 10.1, 10.2, 9.9])
+    times = {"a": base.tolist(), "b": (2 * base).tolist(), "c": (3 * base).tolist()}
+    found = statistics.rank(times, "a", ["b", "c"])
+    assert [(place.name, place.rank) for place in found] == [("b", 1), ("c", 2)]
+    assert found[0].score.ratio == pytest.approx(2)

@@ -151,13 +151,14 @@ def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE.zip")],
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="Weights. Default: the profile's.")] = None,
 ) -> None:
-    """Judge a pack offline: hashes, seed, draws and verdicts. Exit code 1: something does not agree."""
+    """Judge a pack offline: hashes, seed, draws, verdicts, times and ranks. Exit code 1: something does not agree."""
     with reporting_errors():
-        from isologit.judge.pack import verify_pack
+        from isologit.judge.verify import verify_pack
 
         found = verify_pack(file, model=model)
         for name, verdict in found.verdicts.items():
-            print(f"{verdict.status:<8} {_plain(name)}")
+            place = f"rank {found.ranks[name]}" if name in found.ranks else ""
+            print(f"{verdict.status:<8} {place:<7} {_plain(name)}")
         for problem in found.problems:
             print(f"does not agree: {_plain(problem)}")
         if not found.problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -13,7 +14,7 @@ from sqlalchemy import select
 
 from isologit.errors import UserError
 from isologit.judge.database import FINAL, Database, RoundRow, RunRow, VerdictRow
-from isologit.judge.statistics import Score, rank
+from isologit.judge.statistics import Ranked, Score, rank
 
 
 class BoardError(UserError):
@@ -88,13 +89,15 @@ def read_board(database: Database, round_id: str | None = None) -> Board:
         verdicts = {v.entry_id: v for v in found.verdicts if v.current} if finished else {}
         entries = {run.entry_id: run.entry for run in found.runs}
         times = {
-            entry_id: [run.duration_s for run in _timed(found.runs, entry_id) if run.duration_s] for entry_id in entries
+            entry.sha256: [run.duration_s for run in _timed(found.runs, entry_id) if run.duration_s]
+            for entry_id, entry in entries.items()
         }
-        valid = [i for i, v in verdicts.items() if v.status == "VALID" and len(times[i]) == found.profile["repeats"]]
-        ranked = _ranked(found, valid, times)
+        valid = {entries[i].sha256 for i, verdict in verdicts.items() if verdict.status == "VALID"}
+        ranked = places(times, valid, found.anchor.sha256, found.profile["repeats"])
+        names = {entry.sha256: entry.name for entry in entries.values()}
         rows = []
         for entry_id, entry in entries.items():
-            verdict, place = verdicts.get(entry_id), ranked.get(entry_id)
+            verdict, place = verdicts.get(entry_id), ranked.get(entry.sha256)
             rows.append(
                 BoardRow(
                     name=entry.name,
@@ -102,10 +105,10 @@ def read_board(database: Database, round_id: str | None = None) -> Board:
                     sha256=entry.sha256,
                     techniques=tuple(entry.techniques),
                     rank=None if place is None or found.practice else place.rank,
-                    tied_with=() if place is None else tuple(entries[int(i)].name for i in place.tied_with),
+                    tied_with=() if place is None else tuple(names[sha256] for sha256 in place.tied_with),
                     status=_status(verdict, found),
                     score=None if place is None else place.score,
-                    times_s=tuple(times[entry_id]),
+                    times_s=tuple(times[entry.sha256]),
                     reasons=_reasons(verdict),
                     panel=verdict.panel if verdict else {},
                 )
@@ -132,6 +135,21 @@ def read_board(database: Database, round_id: str | None = None) -> Board:
         )
 
 
+def places(
+    times_s: Mapping[str, Sequence[float]], valid: Collection[str], anchor: str, repeats: int
+) -> dict[str, Ranked]:
+    """Places by entry of the VALID ones that have a time of every repeat; the board's, and a pack's judged again.
+
+    times_s: seconds of the runs that count, in the repeats' order. An anchor that is not VALID still anchors; where its
+    own times are not complete, the first VALID entry in the order of hashes does.
+    """
+    complete = [name for name in sorted(times_s) if len(times_s[name]) == repeats]
+    ranked = [name for name in complete if name in valid]
+    if not ranked:
+        return {}
+    return {place.name: place for place in rank(times_s, anchor if anchor in complete else ranked[0], ranked)}
+
+
 def read_rounds(database: Database) -> list[tuple[str, str, str, str]]:
     """(id, profile, state, created at) of every round, the newest first."""
     with database.session() as session:
@@ -154,18 +172,6 @@ def _doing(run: RunRow) -> str:
 def _timed(runs: list[RunRow], entry_id: int) -> list[RunRow]:
     chosen = [run for run in runs if run.entry_id == entry_id and run.kind == "timed" and run.state == "done"]
     return sorted(chosen, key=lambda run: run.repeat)
-
-
-def _ranked(found: RoundRow, valid: list[int], times: dict[int, list[float]]) -> dict[int, Any]:
-    """Places by entry id. An anchor that is not VALID still anchors: its times are what the others are measured by."""
-    anchor = found.anchor_id
-    if not valid:
-        return {}
-    if len(times.get(anchor, [])) != len(times[valid[0]]):
-        anchor = valid[0]
-    listed = {str(i): times[i] for i in {*valid, anchor}}
-    places = [place for place in rank(listed, str(anchor)) if int(place.name) in valid]
-    return {int(place.name): place for place in places}
 
 
 def _status(verdict: VerdictRow | None, found: RoundRow) -> str:

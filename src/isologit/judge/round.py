@@ -307,8 +307,7 @@ class Judge:
         )
         evidence.canary_s = (before, canary_seconds())
         evidence.peak_flop_per_s = peak_flop_per_s()
-        drift = abs(evidence.canary_s[1] / evidence.canary_s[0] - 1)
-        evidence.void = drift > profile.canary_drift and self._may_be_void(run)
+        evidence.void = drifted(evidence.canary_s, profile) and self._may_be_void(run)
         (partial / "output.log").write_bytes(log)
         evidence.write(partial)
         os.replace(partial, self.folder / RUNS / run.id)
@@ -405,6 +404,12 @@ def model_folder(profile: Profile, model: Path | None) -> Path:
     if profile.model == "demo":
         return demo_model_path()
     raise JudgeError(f"profile {profile.name} is for {profile.model}; give the folder of its weights with --model DIR")
+
+
+def drifted(canary_s: tuple[float, float], profile: Profile) -> bool:
+    """Whether the machine changed between the kernel before a run and the one after it by more than is allowed."""
+    before_s, after_s = canary_s
+    return abs(after_s / before_s - 1) > profile.canary_drift
 
 
 def run_kinds(profile: Profile) -> dict[RunKind, int]:

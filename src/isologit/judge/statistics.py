@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,13 +112,15 @@ def holm(p_values: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], flo
     return corrected
 
 
-def rank(times_s: Mapping[str, Sequence[float]], anchor: str) -> list[Ranked]:
-    """All VALID entries, the fastest first. times_s: seconds by entry, one for each repeat, in the repeats' order.
+def rank(times_s: Mapping[str, Sequence[float]], anchor: str, ranked: Collection[str] | None = None) -> list[Ranked]:
+    """Entries by time, the fastest first. times_s: seconds by entry, one for each repeat, in the repeats' order.
 
-    Sorted by the median ratio to the anchor. An entry shares the rank of the one before it when the two cannot be told
-    apart at 5 %, by `pair_p` after Holm's correction over all pairs of neighbours.
+    ranked: the VALID ones; the others get no place and take none (None: all are VALID). Sorted by the median ratio to
+    the anchor. An entry shares the rank of the one before it when the two cannot be told apart at 5 %, by `pair_p`
+    after Holm's correction over all pairs of neighbours.
     """
-    scores = {name: score(times, times_s[anchor]) for name, times in times_s.items()}
+    chosen = times_s if ranked is None else ranked
+    scores = {name: score(times_s[name], times_s[anchor]) for name in chosen}
     order = sorted(scores, key=lambda name: scores[name].ratio)
     pairs = list(itertools.pairwise(order))
     raw = {(a, b): pair_p(times_s[a], times_s[b]) for a, b in pairs}
