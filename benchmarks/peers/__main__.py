@@ -4,6 +4,7 @@ benchmarks/peers/setup.sh                                # once: one environment
 python -m benchmarks.peers trace300                      # three interleaved repeats of everything
 python -m benchmarks.peers trace300 --tune               # search for each system's best settings first
 python -m benchmarks.peers tiny64 --systems isologit openvino --repeats 1
+python -m benchmarks.peers trace300 --isa avx2           # all without AVX-512, on a CPU that has it
 """
 
 from __future__ import annotations
@@ -33,14 +34,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="how weights are stored")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and prompts")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds one run may take with its loading")
+    parser.add_argument("--isa", choices=("avx2",), help="keep this engine and those peers that can to AVX2")
     parser.add_argument("--tune", action="store_true", help="find settings and keep them in tuned.json")
     parser.add_argument("--output", type=Path, help="result file; benchmarks/results/peers-WORKLOAD... unless given")
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     count = args.requests or (_TUNING_REQUESTS if args.tune else None)
+    systems = [SYSTEMS[name] for name in args.systems]
+    if args.isa:
+        systems = [system.narrowed() for system in systems if system.avx2]
     comparison = Comparison(
         workload=workload,
-        systems=[SYSTEMS[name] for name in args.systems],
+        systems=systems,
         lengths=workload.lengths()[:count],
         repeats=args.repeats,
         seed=args.seed,
@@ -48,6 +53,7 @@ def main() -> None:
         once=frozenset(args.once),
         timeout_s=args.timeout,
         say=say_with_time,
+        isa=args.isa,
     )
     if args.tune:
         comparison.tune()
@@ -57,6 +63,7 @@ def main() -> None:
         workload.name,
         *([str(count)] if count else []),
         *([args.dtype] if args.dtype != "float32" else []),
+        *([args.isa] if args.isa else []),
     ]
     output = args.output or _RESULTS / f"{'-'.join(parts)}.json"
     comparison.run(output)

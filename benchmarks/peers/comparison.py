@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.peers.limits import least_seconds, measure_rates
 from benchmarks.peers.models import model_folder
 from benchmarks.peers.processes import RunFailedError, run_system
-from benchmarks.peers.systems import TUNED, Settings, System, settings_for
+from benchmarks.peers.systems import SYSTEMS, TUNED, Settings, System, settings_for
 from benchmarks.peers.table import OURS, agreement, markdown, summarise
 from benchmarks.peers.workloads import Lengths, Workload, workload_file
 
@@ -40,21 +40,24 @@ class Comparison:
     once: frozenset[str]  # systems that run in the first repeat only
     timeout_s: float
     say: Say
+    isa: str | None = None  # the instruction set that all are kept to, None: what each finds
     result: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.model_dir = model_folder(self.workload.preset, seed=self.seed, dtype=self.dtype)
         self.file = workload_file(self.workload, self.lengths, self.seed)
+        self._tuned_as = "-".join([self.workload.name, *([self.isa] if self.isa else [])])
         self._settings: dict[str, Settings] = {}
         described = {}
         for system in self.systems:
-            settings, source = settings_for(system, self.workload.name, len(self.lengths))
+            settings, source = settings_for(system, self._tuned_as, len(self.lengths))
             self._settings[system.name] = settings
             described[system.name] = {
                 "label": system.label,
                 "version": None,
                 "settings": settings,
                 "settings_from": source,
+                "variables": system.variables,
                 "measured_requests": len(part) if (part := self._part(system)) is not None else None,
             }
         self.result = {
@@ -68,6 +71,7 @@ class Comparison:
                 "prompt_tokens": sum(prompt for prompt, _ in self.lengths),
                 "output_tokens": sum(output for _, output in self.lengths),
             },
+            "isa": self.isa,
             "seed": self.seed,
             "repeats": self.repeats,
             "environment": describe_environment(),
@@ -84,7 +88,8 @@ class Comparison:
         ours: list[list[int]] | None = None
         systems = list(self.systems)
         for repeat in range(self.repeats):
-            self.result["limits"].append(least_seconds(config, self.lengths, measure_rates(), _BYTES[self.dtype]))
+            rates = measure_rates(SYSTEMS[OURS].narrowed().variables if self.isa else {})
+            self.result["limits"].append(least_seconds(config, self.lengths, rates, _BYTES[self.dtype]))
             for system in systems.copy():
                 if repeat and system.name in self.once:
                     continue
@@ -150,7 +155,7 @@ class Comparison:
             if tried:
                 best = min(tried, key=lambda trial: trial["seconds"])["settings"]
                 _remember(
-                    self.workload.name, system.name, {"settings": best, "requests": len(self.lengths), "tried": tried}
+                    self._tuned_as, system.name, {"settings": best, "requests": len(self.lengths), "tried": tried}
                 )
 
     def _part(self, system: System) -> list[int] | None:

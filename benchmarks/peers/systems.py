@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,22 @@ Grid = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
+class Narrowed:
+    """Variables that keep a system at AVX2, and the folder under `.venvs` that is needed besides."""
+
+    variables: dict[str, str]
+    environment: str | None = None
+
+
+@dataclass(frozen=True)
 class System:
     """One competitor. `environment` is its folder under `.venvs`, or None for the running interpreter.
 
     `grids` holds the values worth trying for requests "many" or "alone"; the first of each is the default.
     `sequential` systems have no batch, so their time on a part of the requests scales to the whole. `slow` ones are
     several times slower than the others: they run once, on a part of the requests.
+    `avx2` is what makes a system leave AVX-512 alone on a CPU that has it: variables of the environment, and another
+    folder where those do not suffice. None: there is no way, so it does not run with `--isa avx2`.
     """
 
     name: str
@@ -32,6 +42,14 @@ class System:
     alone: Grid
     sequential: bool = False
     slow: bool = False
+    avx2: Narrowed | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def narrowed(self) -> System:
+        """The same system without AVX-512. Raises ValueError where nothing makes it."""
+        if self.avx2 is None:
+            raise ValueError(f"nothing keeps {self.label} from using AVX-512")
+        return replace(self, environment=self.avx2.environment or self.environment, variables=self.avx2.variables)
 
     @property
     def python(self) -> Path:
@@ -56,6 +74,8 @@ class System:
         return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
+# oneDNN, ATen and MKL at AVX2. What else a system brings has switches of its own.
+_LIBRARIES_AT_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 _ORDER = ["longest-first"]
 _ATTENTION = {"attn_implementation": ["sdpa"]}
 
@@ -68,6 +88,7 @@ SYSTEMS = {
             None,
             many={"max_num_seqs": [None], "max_num_batched_tokens": [None]},
             alone={"max_num_seqs": [None], "max_num_batched_tokens": [None]},
+            avx2=Narrowed({**_LIBRARIES_AT_AVX2, "ISOLOGIT_VECTOR_WIDTH": "8"}),
         ),
         System(
             "openvino",
@@ -75,6 +96,8 @@ SYSTEMS = {
             "openvino",
             many={"max_num_seqs": [128, 64], "max_num_batched_tokens": [512, 256], "order": _ORDER},
             alone={"max_num_seqs": [1], "max_num_batched_tokens": [512], "order": _ORDER},
+            # Its float32 products are MLAS's, which has no switch: a copy of the plugin takes MLAS's path of AVX2.
+            avx2=Narrowed({**_LIBRARIES_AT_AVX2, "OV_CPU_MAX_ISA": "AVX2"}, "openvino-avx2"),
         ),
         System(
             "vllm",
@@ -92,6 +115,8 @@ SYSTEMS = {
                 "enforce_eager": [False, True],
                 "order": _ORDER,
             },
+            # Which of its own libraries it loads, and what it compiles, does not follow from these: see the adapter.
+            avx2=Narrowed(_LIBRARIES_AT_AVX2),
         ),
         System(
             "transformers_cb",

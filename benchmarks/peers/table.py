@@ -49,7 +49,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{workload['requests']} requests, {workload['prompt_tokens']} prompt and {workload['output_tokens']} output "
         f"tokens, `{workload['preset']}` with random {workload['dtype']} weights (seed {result['seed']}), float32 "
         f"arithmetic, lengths forced, greedy. {environment['cpu']}, {environment['cores']} cores; "
-        f"interleaved repeats: {result['repeats']}, each system in its own process, loading and warm-up not counted.",
+        f"interleaved repeats: {result['repeats']}, each system in its own process, loading and warm-up not counted."
+        + (f" All kept to {result['isa'].upper()}." if result.get("isa") else ""),
         "",
         "| system | median s | range | × isologit | limit / time | tile limit / time | same tokens | peak GiB "
         "| settings |",

@@ -9,8 +9,11 @@ from typing import Any
 from benchmarks.claims import claims
 
 
-def result(ours_s: float, peer_s: float, *, tokens: int = 1000, verdict: str = "VALID") -> dict[str, Any]:
+def result(
+    ours_s: float, peer_s: float, *, tokens: int = 1000, verdict: str = "VALID", vector: str = "AVX-512 VNNI"
+) -> dict[str, Any]:
     return {
+        "environment": {"cpu": "A CPU", "cores": 2, "vector": vector},
         "workload": {"prompt_tokens": 0, "output_tokens": tokens},
         "systems": {"other": {"label": "Other"}, "slow": {"label": "Slow"}},
         "summary": {
@@ -40,7 +43,20 @@ def test_claims_hold_or_do_not(tmp_path: Path) -> None:
     write("peers-latency", result(10.1, 10.0))
     write("peers-long", result(10.9, 10.0, verdict="INVALID"))
     cases = [{"slots": slots, "times_faster": 1.3, "off_s": 1.3, "on_s": 1.0} for slots in (1, 8)]
-    write("speculation", {"cases": cases})
-    #                   300: ratio, limit; 1500: ratio, limit; tiny, alone, long, flat, slots 8, 1, 128, certificates
-    assert verdicts(tmp_path) == [True, True, False, True, True, False, True, True, True, False, None, False]
-    assert next(claims(tmp_path)).measured == "6.90 s against 10.00 s of Other: 0.69"
+    write("speculation", {"cases": cases, "environment": {"cpu": "A CPU", "cores": 2}})
+    # 300: ratio, limit; 1500: ratio, limit; tiny, alone, long; AVX2 of both; flat, slots 8, 1, 128, certificates
+    of_avx2 = [None] * 4
+    assert verdicts(tmp_path) == [True, True, False, True, True, False, True, *of_avx2, True, True, False, None, False]
+    first = next(claims(tmp_path))
+    assert first.measured == "6.90 s against 10.00 s of Other: 0.69"
+    assert first.machine == "A CPU, 2 cores, AVX-512 VNNI"
+    kept = {**result(7.9, 10.0), "isa": "avx2"}
+    write("peers-trace300-avx2", kept)
+    assert verdicts(tmp_path)[7:11] == [False, True, None, None]
+    assert list(claims(tmp_path))[7].machine == "A CPU, 2 cores, AVX-512 VNNI, kept to AVX2"
+
+
+def test_a_cpu_without_avx512_has_bars_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "peers-trace300.json").write_text(json.dumps(result(7.7, 10.0, vector="AVX2")))
+    found = [claim for claim in claims(tmp_path) if claim.what.startswith("trace300")]
+    assert [(claim.what[:14], claim.met) for claim in found] == [("trace300, AVX2", True), ("trace300, AVX2", True)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from benchmarks.peers import mlas_avx2
 from benchmarks.peers.limits import least_seconds, step_rows
 from benchmarks.peers.systems import SYSTEMS
 from benchmarks.peers.table import agreement, summarise
@@ -85,3 +88,30 @@ def test_every_system_has_an_adapter_and_different_settings_to_try(name: str) ->
         grid = system.grid(num_requests)
         assert grid
         assert all(grid.count(settings) == 1 for settings in grid)
+
+
+def test_kept_to_avx2_a_system_has_the_variables_and_the_environment_for_it() -> None:
+    openvino = SYSTEMS["openvino"]
+    assert not openvino.variables
+    kept = openvino.narrowed()
+    assert kept.variables["OV_CPU_MAX_ISA"] == "AVX2"
+    assert kept.python != openvino.python
+    assert SYSTEMS["isologit"].narrowed().variables["ISOLOGIT_VECTOR_WIDTH"] == "8"
+    with pytest.raises(ValueError, match="AVX-512"):
+        SYSTEMS["llamacpp"].narrowed()
+
+
+def test_mlas_answers_no_to_avx512_in_one_known_place(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="install openvino"):
+        mlas_avx2.main(tmp_path)
+    plugin = tmp_path / "lib/python3.11/site-packages/openvino/libs/libopenvino_intel_cpu_plugin.so"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_bytes(b"another plugin")
+    with pytest.raises(SystemExit, match="not the one"):
+        mlas_avx2.main(tmp_path)
+    before = b"code " + bytes.fromhex("41f7c1000001000f84") + b" more"
+    plugin.write_bytes(before)
+    for _ in range(2):  # a second time changes nothing
+        mlas_avx2.main(tmp_path)
+        after = plugin.read_bytes()
+        assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [10]

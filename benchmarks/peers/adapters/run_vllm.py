@@ -12,7 +12,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
 from contract import Generate, Job, Request, adapt, in_given_order, order_of
+
+if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":  # vLLM asks for the CPU's instructions, not for those in use
+    for name in ("avx512", "avx512_bf16", "amx_tile", "vnni"):
+        setattr(torch.cpu, f"_is_{name}_supported", lambda: False)
+
 from vllm import LLM, SamplingParams
 
 

@@ -20,6 +20,7 @@ def describe_environment() -> dict[str, Any]:
     """Hardware, operating system, versions, and the git revision when the package runs from a repository."""
     return {
         "cpu": _cpu_model(),
+        "vector": _vector_instructions(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -37,6 +38,17 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _vector_instructions() -> str | None:
+    """The widest of the CPU's vector instructions that matter here, None where nothing says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    known = (("avx512_vnni", "AVX-512 VNNI"), ("avx512f", "AVX-512"), ("avx_vnni", "AVX-VNNI"), ("avx2", "AVX2"))
+    return next((name for flag, name in known if flag in flags), None)
 
 
 def _version(package: str) -> str | None:
