@@ -5,8 +5,8 @@
 #     benchmarks/device.sh --dry-run FOLDER  on any machine: the same stages, tiny, on the CPU
 #
 # FOLDER gets environment.txt, conformance.txt, kernels.json, errors.json, trace.json, certificate.json, result.json and
-# log.txt as the stages end; each stage has its own limit of time and none stops the others. Keep the files under
-# benchmarks/results/. PYTHON names another interpreter.
+# log.txt as the stages end; each stage has its own limit of time and none stops the others. Before them it says which
+# packages are missing and how to get them. Keep the files under benchmarks/results/. PYTHON names another interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 dry=""
@@ -15,6 +15,7 @@ dry=""
 mkdir -p "$1" && out="$(cd "$1" && pwd)"
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+"$python" benchmarks/device_needs.py || exit 1
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 
@@ -39,7 +40,8 @@ JSON
     errors=(--tokens 12)
     # What needs many steps runs on the plain backend: an interpreter is slow.
     engine=(--backend torch --device cpu)
-    trace=(--requests 12 --repeats 2 --shorten 8 --max-num-seqs 4 --max-num-batched-tokens 32 --batch 2 --sample-batches 1)
+    trace=(--requests 12 --repeats 2 --shorten 8 --max-num-seqs 4 --max-num-batched-tokens 32 --batch 2
+        --sample-batches 1 --transformers-seconds 5)
     slots=(--max-num-seqs 4 --max-num-batched-tokens 32)
 else
     model=llama2-7b
@@ -62,13 +64,14 @@ fi
             tests/backends/conformance/test_steps.py -k "cuda and gqa and (at_once or chunks)"
     fi
     stage kernels 70 "$python" benchmarks/device_kernels.py --model "$model" "${kernels[@]}" --output "$out/kernels.json"
-    stage errors 60 "$python" benchmarks/device_errors.py --model "$model" "${errors[@]}" --output "$out/errors.json"
+    stage errors 90 "$python" benchmarks/device_errors.py --model "$model" "${errors[@]}" --output "$out/errors.json"
     stage trace 140 "$python" benchmarks/device_trace.py --model "$model" "${engine[@]}" "${trace[@]}" \
         --dataset "$work/trace.jsonl" --output "$out/trace.json"
     stage certificate 170 "$python" -m isologit run --model "$model" --load-format dummy "${engine[@]}" "${slots[@]}" \
         --dataset "$work/trace.jsonl" --ignore-eos --speculative-tokens 0 --baseline-requests 0 --certify-seconds 60 \
         --output "$work/run" --json
-    cp "$work/run/certificate.json" "$work/run/result.json" "$out/"
-} 2>&1 | tee "$out/log.txt"
+    cp "$work/run/certificate.json" "$out/"
+    sed "s#$work/##g" "$work/run/result.json" > "$out/result.json"
+} 2>&1 | sed -u -e "s#$work/##g" -e "s#$PWD/##g" | tee "$out/log.txt"
 grep -q "exit code [^0]" "$out/log.txt" && { echo "a stage failed; see $out/log.txt"; exit 1; }
 exit 0

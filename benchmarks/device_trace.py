@@ -3,8 +3,9 @@
     python benchmarks/device_trace.py --model llama2-7b --output DIR/trace.json --dataset DIR/trace.jsonl
 
 Prompts are random tokens of the trace's lengths, outputs are as long as the trace says (`ignore_eos`). transformers
-runs a sample: requests sorted by output length, in padded batches, greedy; its time for all is extrapolated by output
-tokens and named so. `--dataset` writes the same requests for `isologit run`.
+runs a sample of `--transformers-seconds`: requests sorted by output length, in padded batches, greedy. A batch takes as
+many steps as its longest output, so its time for all is extrapolated by steps, and named so. `--dataset` writes the
+same requests for `isologit run`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import gc
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,46 +89,62 @@ def run_engine(args: argparse.Namespace, requests: list[GenerationRequest]) -> d
     return result
 
 
-def run_transformers(args: argparse.Namespace, requests: list[GenerationRequest]) -> dict[str, Any]:
-    """A sample in padded batches of `generate`, float16."""
+def run_transformers(
+    args: argparse.Namespace, requests: list[GenerationRequest], on_batch: Callable[[dict[str, Any]], None]
+) -> None:
+    """A sample in padded batches of `generate`, float16; `on_batch` is told after each what is known by then.
+
+    Batches are spread evenly over the lengths, the shortest first, so that one cut off by the budget is the longest.
+    The shortest of all warms up and does not count.
+    """
     checkpoint = dummy_checkpoint(load_model_config(args.model), dtype="float16")
     dtype = torch.float16 if args.device != "cpu" else torch.float32
     model = load_llama(checkpoint, dtype)[0].to(args.device).eval()
     model.set_attn_implementation("sdpa")
     model.generation_config.eos_token_id = None
     ordered = sorted(requests, key=lambda request: -request.params.max_tokens)
-    tokens, seconds = 0, 0.0
-    firsts = np.linspace(0, max(0, len(ordered) - args.batch), args.sample_batches + 1).astype(int).tolist()
-    for number, first in enumerate([firsts[-1], *firsts[:-1]]):  # the first warms up and does not count
-        batch = ordered[first : first + args.batch]
+    batches = [ordered[first : first + args.batch] for first in range(0, len(ordered), args.batch)][::-1]
+    all_steps = sum(batch[0].params.max_tokens for batch in batches)
+    sampled: list[dict[str, Any]] = []
+    left = args.transformers_seconds
+    numbers = np.linspace(0, len(batches) - 1, args.sample_batches + 1).astype(int).tolist()
+    for number in numbers:
+        if left <= 0:
+            break
+        batch = batches[number]
         longest = max(len(request.prompt_token_ids) for request in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):
             ids[row, longest - len(request.prompt_token_ids) :] = torch.tensor(request.prompt_token_ids)
             mask[row, longest - len(request.prompt_token_ids) :] = 1
-        new = batch[0].params.max_tokens
+        wanted = batch[0].params.max_tokens
         start = time.perf_counter()
         with torch.inference_mode():
-            model.generate(
-                ids.to(args.device), attention_mask=mask.to(args.device), max_new_tokens=new, do_sample=False,
-                pad_token_id=0,
+            out = model.generate(
+                ids.to(args.device), attention_mask=mask.to(args.device), max_new_tokens=wanted, do_sample=False,
+                pad_token_id=0, max_time=left,
             )  # fmt: skip
         if args.device != "cpu":
             torch.cuda.synchronize()
         took = time.perf_counter() - start
-        if number:
-            seconds += took
-            tokens += sum(request.params.max_tokens for request in batch)
-        print(f"transformers: {len(batch)} requests, {new} steps, {took:.2f} s", flush=True)
-    total = sum(request.params.max_tokens for request in requests)
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "batch": args.batch,
-        "sample_output_tokens": tokens,
-        "sample_s": seconds,
-        "extrapolated_s": seconds * total / max(1, tokens),
-    }
+        left -= took
+        found = {"requests": len(batch), "steps": out.shape[1] - longest, "steps_wanted": wanted, "seconds": took}
+        print(f"transformers: {found}", flush=True)
+        if number != numbers[0]:
+            sampled.append(found)
+        seconds, steps = (sum(batch[name] for batch in sampled) for name in ("seconds", "steps"))
+        on_batch(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "batch": args.batch,
+                "budget_s": args.transformers_seconds,
+                "sampled": sampled,
+                "steps_of_all_batches": all_steps,
+                "extrapolated_s": seconds / steps * all_steps if steps else None,
+                "extrapolation": "seconds a step of the sampled batches, times the steps of all batches",
+            }
+        )
 
 
 def main() -> None:
@@ -141,6 +159,7 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--sample-batches", type=int, default=4)
+    parser.add_argument("--transformers-seconds", type=float, default=50.0)
     parser.add_argument("--shorten", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dataset", type=Path)
@@ -157,9 +176,13 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "device_trace", "model": args.model, "requests": len(requests)}
     result["isologit"] = run_engine(args, requests)
     write_json(args.output, result)
-    result["transformers"] = run_transformers(args, requests)
-    write_json(args.output, result)
-    print(json.dumps({name: result[name] for name in ("isologit", "transformers")}, indent=1))
+
+    def keep(sample: dict[str, Any]) -> None:
+        result["transformers"] = sample
+        write_json(args.output, result)
+
+    run_transformers(args, requests, keep)
+    print(json.dumps({name: result.get(name) for name in ("isologit", "transformers")}, indent=1))
 
 
 if __name__ == "__main__":
