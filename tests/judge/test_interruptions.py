@@ -20,7 +20,6 @@ from tests.judge.small_round import PROFILE, SEED, begin
 from isologit.judge.board import read_board
 from isologit.judge.database import FINAL, Database, RoundRow, RunRow, VerdictRow
 from isologit.judge.evidence import RunEvidence
-from isologit.judge.profile import Profile
 from isologit.judge.round import RUNS, Judge, JudgeError, order_of_runs
 
 GONE_S = 10.0
@@ -184,20 +183,3 @@ def test_a_full_disk_ends_the_judge_not_the_entry(tmp_path: Path, monkeypatch: p
     wait_until_gone(tmp_path)
     Judge(tmp_path).run(round_id)
     check_end(tmp_path, round_id)
-
-
-def test_a_newer_audit_queues_the_runs_that_it_wants(finished_round: tuple[Path, str], tmp_path: Path) -> None:
-    folder, round_id = copy(finished_round, tmp_path)
-    with Database(folder).session() as session:
-        row = session.get(RoundRow, round_id)
-        assert row is not None
-        row.profile = {**row.profile, "audits": [*row.profile["audits"], "request_bodies"]}
-        profile = Profile.model_validate(row.profile)
-        before = {run.id for run in row.runs}
-    Judge(folder).again(round_id)
-    with Database(folder).session() as session:
-        runs = list(session.scalars(select(RunRow).where(RunRow.round_id == round_id)))
-        assert [(run.kind, run.state) for run in runs if run.id not in before] == [("probed", "done")] * 4
-        assert len(list(session.scalars(select(VerdictRow)))) == 4
-    assert len(list(order_of_runs([row.name for row in read_board(Database(folder)).rows], profile, SEED))) == len(runs)
-    assert read_board(Database(folder), round_id).state == "finished"

@@ -73,19 +73,17 @@ def resume(round_id: _Round = None, folder: _Folder = _DEFAULT_FOLDER) -> None:
 def again(round_id: _Round = None, folder: _Folder = _DEFAULT_FOLDER) -> None:
     """Judge a round again by the audits of today, and list what changes; runs are made only where evidence lacks."""
     with reporting_errors():
-        from isologit.judge.board import read_board
+        interrupt_on_sigterm()
+        from isologit.judge.board import changes, read_board
         from isologit.judge.database import Database
         from isologit.judge.round import Judge
 
         before = read_board(Database(folder), round_id)
         Judge(folder, _say).again(before.round_id)
-        after = read_board(Database(folder), before.round_id)
-        old = {row.sha256: row for row in before.rows}
-        for row in after.rows:
-            was = old[row.sha256]
-            if (was.status, was.rank) != (row.status, row.rank):
-                print(f"{_plain(row.name)}: {was.status} rank {was.rank} -> {row.status} rank {row.rank}")
+        found = changes(before, read_board(Database(folder), before.round_id))
         _finish(folder, before.round_id)
+        for line in found or ("no verdict and no rank has changed",):
+            print(_plain(line))
 
 
 @judge_app.command("board")

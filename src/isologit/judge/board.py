@@ -157,12 +157,24 @@ def read_rounds(database: Database) -> list[tuple[str, str, str, str]]:
         return [(row.id, row.profile["name"], row.state, row.created_at) for row in rows]
 
 
+def changes(before: Board, after: Board) -> tuple[str, ...]:
+    """A line for each entry whose verdict or rank differs between two boards of a round, in the order of the later."""
+    was = {row.sha256: _standing(row) for row in before.rows}
+    return tuple(
+        f"{row.name}: {was[row.sha256]} -> {_standing(row)}" for row in after.rows if was[row.sha256] != _standing(row)
+    )
+
+
 @cache
 def history(profile: str) -> tuple[Past, ...]:
     """The contest's own times for a profile of that name, the fastest first."""
     found = yaml.safe_load(files("isologit.judge").joinpath("history.yaml").read_text(encoding="utf-8"))
     listed = found.get(profile.removeprefix("contest-"), [])
     return tuple(sorted((Past(**item) for item in listed), key=lambda past: past.seconds))
+
+
+def _standing(row: BoardRow) -> str:
+    return row.status if row.rank is None else f"{row.status}, rank {row.rank}"
 
 
 def _doing(run: RunRow) -> str:
