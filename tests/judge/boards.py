@@ -12,6 +12,7 @@ HOSTILE = (
     "<img src=http://example.invalid/x onerror=\"document.title='owned'\">{{7*7}}"
 )
 LONG = "x" * 300
+SEEN = {"tokens_rescored": 1_218_004, "tokens_fingerprinted": 1_218_004, "rows_revealed": 896, "accusations": 2}
 TIMES = {
     "Flat batches": [41.2, 41.9, 41.5, 42.3, 41.1, 41.7],
     "Plain numpy": [112.4, 113.0, 111.8, 112.9, 113.5, 112.2],
@@ -32,17 +33,17 @@ def finished(**fields: object) -> Board:
     rows = [
         row(
             place.name, rank=place.rank, tied_with=place.tied_with, status="VALID", score=place.score,
-            times_s=tuple(TIMES[place.name]),
+            times_s=tuple(TIMES[place.name]), seen=SEEN,
             panel={"innovation": 35, "complexity": 20, "completeness": 28} if place.rank == 1 else {},
         )
         for place in rank(TIMES, "Plain numpy")
     ]  # fmt: skip
     reasons = (
-        "213 of 1903 tokens: their fingerprints speak of logit differences of up to 0.31, 0.005 is allowed; "
-        "the worst is request 9f03aa1c52be7714 token 12",
+        "213 of 1903 tokens come from other arithmetic than the model's: by their fingerprints, logits are off by up "
+        "to 0.31, 0.005 is allowed; the worst is request 9f03aa1c52be7714 token 12",
         "4 of 48 requests failed; the first, 07be551f02c944aa: cut off: no token of any request came for 600 s",
     )
-    rows.append(row("Eight-bit weights", status="INVALID", times_s=(20.1, 20.3), reasons=reasons))
+    rows.append(row("Eight-bit weights", status="INVALID", times_s=(20.1, 20.3), reasons=reasons, seen=SEEN))
     board = Board(
         round_id="20260314-101500-a1b2c3", profile="contest-phase2", title="Contest, phase two", state="finished",
         practice=False, anchor="Plain numpy", seed_sha256="a" * 64, seed="b" * 64,

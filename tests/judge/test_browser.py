@@ -84,6 +84,7 @@ def test_what_a_reader_finds_on_the_board(address: str, site: str) -> None:
     assert parts == sorted(parts)
     assert text.index("213 of 1903 tokens") > parts[2]
     assert "gold" in text
+    assert "1,218,004 tokens computed again by the reference" in text
     assert "23 of 64 runs are done." in look(address, f"{site}/rounds/running", width=360, dark=False).text
 
 

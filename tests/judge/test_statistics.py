@@ -36,6 +36,12 @@ def test_sign_flips_are_counted_exactly() -> None:
     assert statistics.sign_flip_p(mixed) == pytest.approx(brute)
 
 
+def test_so_many_repeats_tell_entries_apart_and_no_fewer() -> None:
+    least = statistics.LEAST_APART
+    assert statistics.pair_p(range(1, least + 1), range(11, least + 11)) < 0.05
+    assert statistics.pair_p(range(1, least), range(11, least + 10)) > 0.05
+
+
 def test_holm_steps_down_and_never_falls() -> None:
     found = statistics.holm({("a", "b"): 0.01, ("b", "c"): 0.04, ("c", "d"): 0.03})
     assert found["a", "b"] == pytest.approx(0.03)

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from isologit.judge.board import Board, BoardRow
+from isologit.judge.board import Board, BoardRow, checked
+from isologit.judge.statistics import LEAST_APART
 
 _STYLES = {"VALID": "green", "INVALID": "red", "NOT RANKED": "yellow", "RUNNING": "dim"}
 
@@ -24,8 +25,13 @@ def show_board(board: Board) -> None:
         table.add_row(*_cells(row))
     console.print(table)
     for row in board.rows:
+        if row.tied_with and row.score is not None:
+            few = f"; that takes {LEAST_APART} repeats" if row.score.repeats < LEAST_APART else ""
+            console.print(_text(f"{row.name}: not told apart from {', '.join(row.tied_with)}{few}"))
+        if row.seen:
+            console.print(_text(f"{row.name}: {checked(row.seen)}"))
         for reason in row.reasons:
-            console.print(_text(f"{row.name}: {reason}"))
+            console.print(_text(f"{row.name}: INVALID: {reason}"))
 
 
 def _cells(row: BoardRow) -> list[Text]:

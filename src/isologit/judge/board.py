@@ -23,7 +23,10 @@ class BoardError(UserError):
 
 @dataclass(frozen=True)
 class BoardRow:
-    """An entry's line. rank: None where it is not ranked, and `reasons` say why. score: against the anchor."""
+    """An entry's line. rank: None where it is not ranked, and `reasons` say why. score: against the anchor.
+
+    seen: what the checks went over, as counts; empty before the verdict.
+    """
 
     name: str
     team: str
@@ -36,6 +39,7 @@ class BoardRow:
     times_s: tuple[float, ...]
     reasons: tuple[str, ...]
     panel: dict[str, int]
+    seen: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def read_board(database: Database, round_id: str | None = None) -> Board:
                     times_s=tuple(times[entry.sha256]),
                     reasons=_reasons(verdict),
                     panel=verdict.panel if verdict else {},
+                    seen=_seen(verdict),
                 )
             )
         return Board(
@@ -165,6 +170,15 @@ def changes(before: Board, after: Board) -> tuple[str, ...]:
     )
 
 
+def checked(seen: Mapping[str, int]) -> str:
+    """`BoardRow.seen` in words."""
+    return (
+        f"{seen['tokens_rescored']:,} tokens computed again by the reference, {seen['tokens_fingerprinted']:,} "
+        f"fingerprints compared, {seen['rows_revealed']:,} secret rows shown in full, "
+        f"{seen['accusations']:,} accusation{'' if seen['accusations'] == 1 else 's'}"
+    )
+
+
 @cache
 def history(profile: str) -> tuple[Past, ...]:
     """The contest's own times for a profile of that name, the fastest first."""
@@ -204,8 +218,16 @@ def _reasons(verdict: VerdictRow | None) -> tuple[str, ...]:
     return tuple(seen.values())
 
 
-def _order(row: BoardRow) -> tuple[int, float, str]:
-    """Ranked entries first, then practice and running ones by time, INVALID last."""
+def _seen(verdict: VerdictRow | None) -> dict[str, int]:
+    """Tokens that the reference computed again, fingerprints compared, rows shown in full, and accusations."""
+    if verdict is None:
+        return {}
+    counts = ("tokens_rescored", "tokens_fingerprinted", "rows_revealed")
+    return {**{name: verdict.figures[name] for name in counts}, "accusations": len(verdict.findings)}
+
+
+def _order(row: BoardRow) -> tuple[int, int, float, str]:
+    """Ranked entries first, then practice and running ones, INVALID last; by time within a rank."""
     group = {"VALID": 0, "NOT RANKED": 1, "RUNNING": 2, "INVALID": 3}[row.status]
     seconds = median(row.times_s) if row.times_s else float("inf")
-    return group, float(row.rank or 0) or seconds, row.name
+    return group, row.rank or 0, seconds, row.name

@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from isologit.judge.audits import AUDITS
-from isologit.judge.board import Board
+from isologit.judge.board import Board, checked
 from isologit.judge.panel import medals
+from isologit.judge.statistics import LEAST_APART
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>#|!&~:@]")
 
@@ -24,7 +25,15 @@ def board_page(board: Board, *, links: dict[str, str], refresh_s: int | None = N
     return (
         _templates()
         .get_template("board.html.j2")
-        .render(board=board, links=links, refresh_s=refresh_s, longest=longest, medals=medals(board), policy=POLICY)
+        .render(
+            board=board,
+            links=links,
+            refresh_s=refresh_s,
+            longest=longest,
+            medals=medals(board),
+            policy=POLICY,
+            least_apart=LEAST_APART,
+        )
     )
 
 
@@ -58,6 +67,7 @@ def _templates(*, markdown: bool = False) -> Environment:
     )
     environment.filters["seconds"] = lambda value: "–" if value is None else f"{value:.2f} s"
     environment.filters["when"] = lambda text: text.replace("T", " ").replace("+00:00", " UTC")
+    environment.filters["checked"] = checked
     environment.filters["plain"] = _plain
     environment.filters["words"] = _words
     return environment

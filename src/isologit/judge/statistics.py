@@ -15,6 +15,8 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
+LEAST_APART = 5
+"""Repeats from which on two entries can be told apart at all: four without overlap give `pair_p` 0.057, five 0.016."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ class Commitment:
         difference = np.abs(reference.logits(row[None]) - reference.logits(theirs[None]))
         worst = float(difference.max())
         if not worst <= case.profile.tolerance:
-            return "over_tolerance", f"a logit is off by {worst:.3g}, {case.profile.tolerance:g} is allowed"
+            allowed = f"{case.profile.tolerance:g} is allowed"
+            return "over_tolerance", f"the row shown afterwards has a logit that is off by {worst:.3g}, {allowed}"
         return None
 
 

@@ -56,12 +56,16 @@ class Fingerprint:
         mean = float(np.sqrt((values**2).mean()))
         if over:
             message = (
-                f"{over} of {len(values)} tokens: their fingerprints speak of logit differences of up to "
-                f"{worst[0]:.3g}, {tolerance:g} is allowed; the worst is request {worst[1]} token {worst[2]}"
+                f"{over} of {len(values)} tokens come from other arithmetic than the model's: by their fingerprints, "
+                f"logits are off by up to {worst[0]:.3g}, {tolerance:g} is allowed; the worst is request {worst[1]} "
+                f"token {worst[2]}"
             )
             return Finding("fingerprint.token", message, run.run_id, worst[1], worst[2])
         if len(values) >= _LEAST_TOKENS and mean > MEAN_FACTOR * tolerance:
-            message = f"over {len(values)} tokens the fingerprints speak of logit differences of {mean:.3g} on average"
+            message = (
+                f"{len(values)} tokens come from other arithmetic than the model's: by their fingerprints, logits are "
+                f"off by up to {mean:.3g} on average, {tolerance:g} is allowed"
+            )
             return Finding("fingerprint.mean", message, run.run_id)
         return None
 

@@ -34,7 +34,7 @@ def not_greedy(case: Case, run: RunEvidence) -> Finding | None:
     if first is None:
         return None
     name, index, why = first
-    message = f"{wrong} of {total} tokens are not the greedy choice; request {name} token {index}: {why}"
+    message = f"{wrong} of {total} tokens are not the model's own (greedy) choice; request {name} token {index}: {why}"
     return Finding("rescoring.not_greedy", message, run.run_id, name, index)
 
 
