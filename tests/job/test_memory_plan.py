@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from isologit.backends.base import Memory
 from isologit.backends.registry import choose_backend
 from isologit.common.memory import FreeMemory
 from isologit.config import PRESETS, EngineOptions, ModelConfig
@@ -42,7 +41,7 @@ def test_seven_billion_parameters_in_what_there_is(allowed: float, reference: st
     found = plan(SEVEN, allowed)
     assert found.refusal is None
     assert (found.reference, found.baseline_dtype, found.no_baseline) == (reference, baseline, None)
-    assert found.peak.nbytes <= allowed * GIB
+    assert found.host.peak.nbytes <= allowed * GIB
 
 
 def test_no_baseline_is_said_beforehand_with_what_it_would_need() -> None:
@@ -71,26 +70,59 @@ def test_what_cannot_fit_is_refused_with_the_smallest_change() -> None:
 
 
 def test_keys_and_values_take_no_more_than_half_of_what_is_left() -> None:
-    stages = {stage.name: stage for stage in plan(SEVEN, 14.5).stages}
+    stages = {stage.name: stage for stage in plan(SEVEN, 14.5).host.stages}
     left = 14.5 * GIB - stages["load"].nbytes
     assert 0 < stages["run"].parts["keys and values"] <= left / 2
 
 
 def test_a_device_with_memory_of_its_own_takes_none_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = choose_backend("cpu")
-    here = plan(SEVEN, 40.0)
-
-    def elsewhere(*args: Any) -> Memory:
-        return replace(planned(*args), on_host=False)
-
-    planned = cpu.plan_memory
-    monkeypatch.setattr(cpu, "plan_memory", elsewhere)
-    there = plan(SEVEN, 40.0)
+    here = plan(SEVEN, 40.0).host
+    device(monkeypatch, 140.0)
+    there = plan(SEVEN, 40.0).host
     for name in ("weights", "keys and values"):
         assert here.stages[1].parts[name] > 0
         assert there.stages[1].parts[name] == 0
     assert there.stages[1].parts["process"] == here.stages[1].parts["process"]
     assert there.stages[-1] == here.stages[-1]
+
+
+def test_a_device_has_a_plan_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine would hold of the host's memory it holds of the device's, and transformers' model comes there."""
+    host = {stage.name: stage.parts for stage in plan(SEVEN, 40.0).host.stages}
+    device(monkeypatch, 40.0)
+    found = plan(SEVEN, 40.0)
+    assert found.refusal is None
+    assert found.device is not None
+    stages = {stage.name: stage.parts for stage in found.device.stages}
+    assert stages["load"] == {"weights": host["load"]["weights"]}
+    assert set(stages["run"]) == {"weights", "keys and values", "step buffers"}
+    assert stages["run"]["keys and values"] == host["run"]["keys and values"]
+    assert stages["certificate"]["reference"] == host["certificate"]["reference"]
+    assert "process" not in stages["certificate"]
+    written = json.loads(json.dumps(found.to_dict()))["device"]
+    assert (written["allowed_by"], written["allowed_bytes"]) == ("the device", 40 * GIB)
+    assert written["planned_peak_bytes"] == found.device.peak.nbytes
+
+
+def test_a_plan_that_does_not_fit_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much the host has; with room for the engine alone, the reference comes layer by layer."""
+    device(monkeypatch, 10.0)
+    with pytest.raises(
+        ConfigError,
+        match=r"stage load needs 12\.\d\d GiB of memory \(.* weights\) and the device allows 10\.00 GiB; free .* more, "
+        "or take a smaller model or another --device",
+    ):
+        plan(SEVEN, 400.0).require_fits()
+    device(monkeypatch, 18.0)
+    assert plan(SEVEN, 400.0).refusal is None
+    assert plan(SEVEN, 400.0).reference == "streamed"
+    device(monkeypatch, 140.0)
+    assert plan(SEVEN, 400.0).reference == "whole"
+
+
+def device(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    """From here on the backend computes on a device with so much memory of its own free."""
+    monkeypatch.setattr(choose_backend("cpu"), "own_memory", lambda device: int(gib * GIB))
 
 
 def test_the_engine_holds_what_was_planned(tmp_path: Path) -> None:
@@ -99,7 +131,7 @@ def test_the_engine_holds_what_was_planned(tmp_path: Path) -> None:
     planned = plan_memory(
         EngineOptions(num_threads=1), llm.config, [(20, 30)] * 40, FreeMemory(8 * GIB, "the machine"), num_threads=1
     )
-    parts = planned.stages[1].parts
+    parts = planned.host.stages[1].parts
     held = llm._model.memory()
     assert parts["weights"] == held.weights
     assert parts["keys and values"] == llm.describe()["kv_bytes"]

@@ -40,14 +40,12 @@ class Memory:
     """Bytes of the device's memory.
 
     weights: of the model, in whatever forms they are kept. kv_block: keys and values of one block, over all layers.
-    step_buffers: what steps of the reserved size work in. on_host: whether it is taken from the host's memory, and so
-    from what everything else of a run may hold.
+    step_buffers: what steps of the reserved size work in.
     """
 
     weights: int
     kv_block: int
     step_buffers: int
-    on_host: bool = True
 
 
 class Backend(Protocol):
@@ -77,6 +75,11 @@ class Backend(Protocol):
     @classmethod
     def plan_memory(cls, config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
         """What `memory` will say of such a model after `reserve(num_tokens)`, before anything is loaded."""
+        ...
+
+    @classmethod
+    def own_memory(cls, device: str) -> int | None:
+        """Bytes that are free in the device's own memory; None where it computes in the host's."""
         ...
 
     @classmethod

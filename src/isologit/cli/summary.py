@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isologit.job.folder import OUTPUTS, REPORT
-from isologit.job.memory_plan import GIB, MemoryPlan, gib
+from isologit.job.memory_plan import GIB, MemoryPlan, Room, gib
 from isologit.job.result import RunResult
 
 
@@ -31,23 +31,32 @@ def print_summary(result: RunResult) -> None:
 
 def print_memory_plan(plan: MemoryPlan) -> None:
     """Print what every stage of a run will hold, and the proof that there is room for."""
-    table = Table(title="memory by stage, in GiB", title_justify="left")
-    table.add_column("")
-    names = list(dict.fromkeys(name for stage in plan.stages for name in stage.parts))
-    for stage in plan.stages:
-        table.add_column(stage.name, justify="right")
-    for name in names:
-        table.add_row(name, *(f"{stage.parts[name] / GIB:.2f}" if name in stage.parts else "" for stage in plan.stages))
-    table.add_section()
-    table.add_row("in all", *(f"{stage.nbytes / GIB:.2f}" for stage in plan.stages), style="bold")
     console = Console()
-    console.print(table)
+    for room, where in ((plan.host, ""), (plan.device, " on the device")):
+        if room is not None:
+            console.print(_room(room, f"memory by stage{where}, in GiB"))
     lines = [
-        f"peak {gib(plan.peak.nbytes)}; {plan.allowed.limited_by} allows {gib(plan.allowed.nbytes)}",
+        *(
+            f"peak {gib(room.peak.nbytes)}; {room.allowed.limited_by} allows {gib(room.allowed.nbytes)}"
+            for room in (plan.host, plan.device)
+            if room is not None
+        ),
         f"reference: {plan.reference}; baseline: {plan.baseline_dtype or 'none'}",
         *(line for line in (plan.no_baseline, plan.refusal) if line is not None),
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _room(room: Room, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for stage in room.stages:
+        table.add_column(stage.name, justify="right")
+    for name in dict.fromkeys(name for stage in room.stages for name in stage.parts):
+        table.add_row(name, *(f"{stage.parts[name] / GIB:.2f}" if name in stage.parts else "" for stage in room.stages))
+    table.add_section()
+    table.add_row("in all", *(f"{stage.nbytes / GIB:.2f}" for stage in room.stages), style="bold")
+    return table
 
 
 def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:

@@ -27,6 +27,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Python, the libraries and compiled kernels, measured: of a run until transformers is loaded, and from then on.
 _ENGINE_PROCESS, _PROOF_PROCESS = 420 * MIB, 570 * MIB
 _LOADING = 96 * MIB  # blocks of weights on their way
+_ON_HOST = ("process", "blocks", "captured rows", "figures")  # parts that no device holds
 _FIGURE_BYTES = 32  # for each value compared, as long as their quantiles are exact
 _KEPT_FREE = 256 * MIB  # never planned away: what other processes may need meanwhile
 # A typical core; only the relation of its numbers matters, to foresee how many requests will run at once.
@@ -49,19 +50,15 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Stages in their order; each gives back what the next one does not list.
+class Room:
+    """One memory: the stages in their order, each of which gives back what the next one does not list.
 
-    allowed: bytes that this process may hold in all, and what sets that limit. reference: how the certificate is made.
-    baseline_dtype: None when no baseline is timed, for the reason in `no_baseline` (None when none was asked for).
-    smallest_change: of the command, that would make the run fit where it does not.
+    allowed: bytes that this process may hold in all, and what sets that limit. smallest_change: of the command, that
+    would make the run fit where it does not.
     """
 
     stages: tuple[Stage, ...]
     allowed: FreeMemory
-    reference: Reference
-    baseline_dtype: str | None
-    no_baseline: str | None
     smallest_change: str
 
     @property
@@ -83,6 +80,36 @@ class MemoryPlan:
                 )
         return None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Pure JSON."""
+        return {
+            "planned_peak_bytes": self.peak.nbytes,
+            "planned_peak_stage": self.peak.name,
+            "allowed_bytes": self.allowed.nbytes,
+            "allowed_by": self.allowed.limited_by,
+            "stages": {stage.name: dict(stage.parts) for stage in self.stages},
+        }
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run holds of the host's memory, and of the device's where that has its own (None where it has not).
+
+    reference: how the certificate is made. baseline_dtype: None when no baseline is timed, for the reason in
+    `no_baseline` (None when none was asked for).
+    """
+
+    host: Room
+    device: Room | None
+    reference: Reference
+    baseline_dtype: str | None
+    no_baseline: str | None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the run cannot be made, None if it can."""
+        return self.host.refusal or (None if self.device is None else self.device.refusal)
+
     def require_fits(self) -> None:
         """Raises ConfigError when the run cannot be made."""
         if self.refusal is not None:
@@ -91,15 +118,12 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Pure JSON."""
         return {
-            "planned_peak_bytes": self.peak.nbytes,
-            "planned_peak_stage": self.peak.name,
-            "allowed_bytes": self.allowed.nbytes,
-            "allowed_by": self.allowed.limited_by,
+            **self.host.to_dict(),
+            "device": None if self.device is None else self.device.to_dict(),
             "reference": self.reference,
             "baseline_dtype": self.baseline_dtype,
             "no_baseline": self.no_baseline,
             "refusal": self.refusal,
-            "stages": {stage.name: dict(stage.parts) for stage in self.stages},
         }
 
 
@@ -125,57 +149,91 @@ def plan_memory(
     for.
     """
     engine = _Engine(options, config, draft, lengths, num_threads)
-    loading = Stage("load", {"process": _ENGINE_PROCESS, "weights": engine.weights, "blocks": _LOADING})
-    left = allowed.nbytes - loading.nbytes
+    limits = _Limits(allowed, engine.own_memory)
     row_bytes = 4 * config.vocab_size
+    host_weights = engine.weights if limits.device is None else 0
+    loading = Stage("load", {"process": _ENGINE_PROCESS, "weights": host_weights, "blocks": _LOADING})
+    left = allowed.nbytes - loading.nbytes if limits.device is None else limits.device.nbytes - engine.weights
+    held = {
+        "weights": engine.weights,
+        "keys and values": engine.kv_bytes(max(0, left)),
+        "step buffers": engine.step_buffers,
+    }
+    host_held = held if limits.device is None else dict.fromkeys(held, 0)
     running = Stage(
         "run",
         {
             "process": _ENGINE_PROCESS,
-            "weights": engine.weights,
-            "keys and values": engine.kv_bytes(max(0, left)),
-            "step buffers": engine.step_buffers + row_bytes * min(engine.rows, max(1, captured_rows)),
+            **host_held,
+            "step buffers": host_held["step buffers"] + row_bytes * min(engine.rows, max(1, captured_rows)),
             "captured rows": row_bytes * captured_rows,
         },
     )
     proof = _Proof(config, lengths, captured_rows * row_bytes)
-    fits = [dtype for dtype in ("float32", config.dtype) if _fits(proof.baseline(dtype), allowed)]
+    fits = [dtype for dtype in ("float32", config.dtype) if limits.fit(proof.baseline(dtype))]
     dtype = fits[0] if fits and baseline else None
     no_baseline = None
     if baseline and dtype is None:
-        needed = proof.baseline(config.dtype).nbytes + _KEPT_FREE
+        needed, least = proof.baseline(config.dtype).nbytes + _KEPT_FREE, limits.least
         no_baseline = (
             f"no baseline will be timed: transformers needs {gib(needed)} for this model in {config.dtype} and "
-            f"{allowed.limited_by} allows {gib(allowed.nbytes)}"
+            f"{least.limited_by} allows {gib(least.nbytes)}"
         )
-    reference, certificate = proof.affordable(allowed)
-    stages = [loading, running]
-    if dtype is not None:
-        stages.append(proof.baseline(dtype))
-    stages.append(certificate)
+    reference, certificate = proof.affordable(limits)
+    proofs = [certificate] if dtype is None else [proof.baseline(dtype), certificate]
     change = "take a smaller model"
     if config.dtype == "float32":
         change = "store the model in 16 bits"
-    if loading.nbytes + _KEPT_FREE <= allowed.nbytes:
+    if _fits(loading, allowed):
         change = "run shorter requests"
-    return MemoryPlan(tuple(stages), allowed, reference, dtype, no_baseline, change)
+    host = Room((loading, running, *proofs), allowed, change)
+    device = None
+    if limits.device is not None:
+        stages = (Stage("load", {"weights": engine.weights}), Stage("run", held), *map(_on_device, proofs))
+        shorter = _fits(stages[0], limits.device)
+        change = "run shorter requests" if shorter else "take a smaller model or another --device"
+        device = Room(stages, limits.device, change)
+    return MemoryPlan(host, device, reference, dtype, no_baseline)
 
 
 def plan_certificate(
     config: ModelConfig, lengths: Sequence[tuple[int, int]], allowed: FreeMemory, *, captured_rows: int
 ) -> tuple[Reference, Stage]:
-    """How a certificate alone is made, and what it holds; the rest as in `plan_memory`."""
-    return _Proof(config, lengths, 4 * config.vocab_size * captured_rows).affordable(allowed)
+    """How a certificate alone is made on the host, and what it holds; the rest as in `plan_memory`."""
+    return _Proof(config, lengths, 4 * config.vocab_size * captured_rows).affordable(_Limits(allowed))
 
 
 def _fits(stage: Stage, allowed: FreeMemory) -> bool:
     return stage.nbytes + _KEPT_FREE <= allowed.nbytes
 
 
-class _Engine:
-    """What the engine will hold of the host's memory: the same arithmetic on the same numbers as its own.
+def _on_device(stage: Stage) -> Stage:
+    """What a device holds of a stage in which transformers computes on it."""
+    return Stage(stage.name, {name: nbytes for name, nbytes in stage.parts.items() if name not in _ON_HOST})
 
-    A device with memory of its own is left to the engine, which takes there what is free.
+
+@dataclass(frozen=True)
+class _Limits:
+    """The memory of the host, and of the device if it has its own; transformers' model passes through the first."""
+
+    host: FreeMemory
+    device: FreeMemory | None = None
+
+    def fit(self, stage: Stage) -> bool:
+        """Whether both have room for a stage of transformers'."""
+        return _fits(stage, self.host) and (self.device is None or _fits(_on_device(stage), self.device))
+
+    @property
+    def least(self) -> FreeMemory:
+        """The smaller one."""
+        return min([self.host, *([] if self.device is None else [self.device])], key=lambda room: room.nbytes)
+
+
+class _Engine:
+    """What the engine will hold of the memory that its device computes in: the same arithmetic as its own.
+
+    own_memory: of a device that does not compute in the host's. weights, step_buffers: bytes. rows: of its largest
+    step.
     """
 
     def __init__(
@@ -194,8 +252,9 @@ class _Engine:
         models = [config] if draft is None else [config, draft]
         self._memories: list[Memory] = [backend.plan_memory(model, load, 1) for model in models]
         self._block_bytes = sum(memory.kv_block for memory in self._memories)
-        self._on_host = all(memory.on_host for memory in self._memories)
-        self.weights = sum(memory.weights for memory in self._memories) if self._on_host else 0
+        free = backend.own_memory(options.device)
+        self.own_memory = None if free is None else FreeMemory(free, "the device")
+        self.weights = sum(memory.weights for memory in self._memories)
         read_s = config.num_matmul_parameters * ITEM_BYTES[config.dtype] / _BYTES_PER_S
         cost = StepCost(_STEP_S + read_s, 2 * config.num_matmul_parameters / _FLOP_PER_S)
         chosen = plan(
@@ -209,16 +268,13 @@ class _Engine:
         )
         self._slots = chosen.max_num_seqs
         self.rows = max(CALIBRATION_ROWS[-1], chosen.max_num_batched_tokens)
-        buffers = sum(backend.plan_memory(model, load, self.rows).step_buffers for model in models)
-        self.step_buffers = buffers if self._on_host else 0
+        self.step_buffers = sum(backend.plan_memory(model, load, self.rows).step_buffers for model in models)
 
     def _needs(self) -> list[int]:
         return [-(-(prompt + output - 1) // self._block_size) for prompt, output in self._lengths]
 
     def kv_bytes(self, free: int) -> int:
         """Bytes of keys and values when so many are free once the model is loaded."""
-        if not self._on_host:
-            return 0
         given = self._options.kv_cache_memory_bytes
         most = most_blocks(free, self._block_bytes, given)
         prepared = prepared_blocks(most, self._block_bytes, self._block_size, given)
@@ -249,10 +305,10 @@ class _Proof:
         }
         return Stage("baseline", parts)
 
-    def affordable(self, allowed: FreeMemory) -> tuple[Reference, Stage]:
+    def affordable(self, limits: _Limits) -> tuple[Reference, Stage]:
         """The whole reference, or the streamed one if that does not fit."""
         whole = self.certificate("whole")
-        return ("whole", whole) if _fits(whole, allowed) else ("streamed", self.certificate("streamed"))
+        return ("whole", whole) if limits.fit(whole) else ("streamed", self.certificate("streamed"))
 
     def certificate(self, reference: Reference) -> Stage:
         """The whole reference, or two layers of the streamed one and all states, or its LM head and the rows."""

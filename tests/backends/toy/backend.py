@@ -45,6 +45,10 @@ class ToyBackend:
         return Memory(weights, _kv_block_bytes(config, cls.block_size), step_buffers=0)
 
     @classmethod
+    def own_memory(cls, device: str) -> int | None:
+        return None
+
+    @classmethod
     def product_rate(cls, num_threads: int) -> float | None:
         return None
 

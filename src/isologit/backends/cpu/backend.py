@@ -157,6 +157,10 @@ class CPUBackend:
         return plan_memory(config, options, num_tokens)
 
     @classmethod
+    def own_memory(cls, device: str) -> None:
+        """None: it is the host's."""
+
+    @classmethod
     def product_rate(cls, num_threads: int) -> float:
         """Of the full register tile (about half a second, and some more to compile once)."""
         return product_rate(num_threads)

@@ -33,6 +33,10 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _torch_device(device: str) -> torch.device:
+    return torch.device("cuda" if device == "auto" else device)
+
+
 def _buffer_rows(num_tokens: int) -> int:
     """Rows that buffers are made for: so many that they are seldom made twice."""
     return max(_LEAST_BUFFER_ROWS, bucket_of(num_tokens))
@@ -89,7 +93,7 @@ class CUDABackend:
             return None
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
-        index = torch.device("cuda" if device == "auto" else device).index or 0
+        index = _torch_device(device).index or 0
         if index >= torch.cuda.device_count():
             return f"there are {torch.cuda.device_count()} CUDA devices, and {device} is not one of them"
         if torch.cuda.get_device_capability(index) < _LEAST_CAPABILITY:
@@ -109,8 +113,12 @@ class CUDABackend:
             weight_bytes(config, options.max_model_len),
             kv_block_bytes(config, _interpreted()),
             buffer_bytes(config, rows),
-            on_host=_interpreted(),
         )
+
+    @classmethod
+    def own_memory(cls, device: str) -> int | None:
+        """Free bytes of the GPU."""
+        return None if _interpreted() else int(torch.cuda.mem_get_info(_torch_device(device))[0])
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         from isologit.backends.cuda.model import Llama, tile_tokens
@@ -119,7 +127,7 @@ class CUDABackend:
         if self.config.num_attention_heads // self.config.num_key_value_heads > 64:
             raise ModelError("the cuda backend takes at most 64 query heads for a key/value head")
         self._interpret = _interpreted()
-        self.device = torch.device("cpu" if self._interpret else "cuda" if options.device == "auto" else options.device)
+        self.device = torch.device("cpu") if self._interpret else _torch_device(options.device)
         # NOTE: Triton's interpreter rounds to FP8 wrongly where a mantissa carries, so it keeps float16 there.
         self._low_dtype = torch.float16 if self._interpret else torch.float8_e4m3fn
         self._max_model_len = options.max_model_len
@@ -286,7 +294,6 @@ class CUDABackend:
             weights,
             kv_block_bytes(self.config, self._interpret),
             buffer_bytes(self.config, self._rows),
-            on_host=self._interpret,
         )
 
     def free_memory(self) -> int:

@@ -55,8 +55,13 @@ class TorchBackend:
     def plan_memory(cls, config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
         """As `memory` after `reserve`; torch allocates what a step works in, so that part is an estimate."""
         weights = sum(math.prod(shape) for shape in expected_shapes(config).values())
-        on_host = choose_device(options.device).type in _HOST_MEMORY
-        return Memory(weights * _FLOAT32, _kv_block_bytes(config), _step_bytes(config, num_tokens), on_host)
+        return Memory(weights * _FLOAT32, _kv_block_bytes(config), _step_bytes(config, num_tokens))
+
+    @classmethod
+    def own_memory(cls, device: str) -> int | None:
+        """Free bytes of an accelerator."""
+        chosen = choose_device(device)
+        return None if chosen.type in _HOST_MEMORY else _free_bytes(chosen)
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.config: ModelConfig = checkpoint.config
@@ -139,15 +144,11 @@ class TorchBackend:
     def memory(self) -> Memory:
         """What is allocated now."""
         weights = sum(weight.nbytes for weight in self._model.weights())
-        on_host = self.device.type in _HOST_MEMORY
-        return Memory(weights, _kv_block_bytes(self.config), _step_bytes(self.config, self._num_tokens), on_host)
+        return Memory(weights, _kv_block_bytes(self.config), _step_bytes(self.config, self._num_tokens))
 
     def free_memory(self) -> int:
         """Bytes of the device's memory that nobody uses now."""
-        module: Any = None if self.device.type == "cpu" else torch.get_device_module(self.device)
-        if hasattr(module, "mem_get_info"):
-            return int(module.mem_get_info()[0])
-        return int(psutil.virtual_memory().available)
+        return _free_bytes(self.device)
 
     def describe(self) -> dict[str, Any]:
         """What a result file says of it."""
@@ -177,6 +178,14 @@ class TorchBackend:
     def close(self) -> None:
         """Free the memory."""
         del self._model, self._cache
+
+
+def _free_bytes(device: torch.device) -> int:
+    """The host's, where torch does not know the device's."""
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        return int(module.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _kv_block_bytes(config: ModelConfig) -> int:
