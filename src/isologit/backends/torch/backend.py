@@ -48,7 +48,7 @@ class TorchBackend:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, options: LoadOptions) -> TorchBackend:
-        """Read all weights, widened to float32."""
+        """Read all weights once, hashed on the way and widened to float32."""
         return cls(checkpoint, options)
 
     @classmethod
@@ -67,7 +67,7 @@ class TorchBackend:
         self.config: ModelConfig = checkpoint.config
         self.device = choose_device(options.device)
         self._num_threads = options.num_threads
-        self._model = Llama(self.config, checkpoint.tensors, self.device)
+        self._model = Llama(self.config, _read(checkpoint, self.device, options), self.device)
         self._num_tokens, self._seconds = 1, 0.0
         self.allocate_kv(0)
 
@@ -178,6 +178,17 @@ class TorchBackend:
     def close(self) -> None:
         """Free the memory."""
         del self._model, self._cache
+
+
+def _read(checkpoint: Checkpoint, device: torch.device, options: LoadOptions) -> dict[str, torch.Tensor]:
+    """All weights in float32 on the device, block by block, so that the host holds little of them."""
+    tensors = {name: torch.empty(shape, device=device) for name, shape in expected_shapes(checkpoint.config).items()}
+
+    def visit(name: str, first_row: int, block: torch.Tensor) -> None:
+        tensors[name][first_row : first_row + len(block)].copy_(block)
+
+    checkpoint.read(visit, num_threads=options.num_threads, on_progress=options.on_progress)
+    return tensors
 
 
 def _free_bytes(device: torch.device) -> int:
