@@ -17,7 +17,7 @@ import torch
 from isologit.backends.cpu import kernels, packing
 from isologit.backends.cpu.packing import PackedWeights, pack, packed_bytes
 from isologit.backends.cpu.shortlist import pack_byte_head
-from isologit.backends.cpu.simd import HAS_BYTE_PRODUCTS
+from isologit.backends.cpu.simd import BYTE_PRODUCTS
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.checkpoints.dummy import dummy_checkpoint
 from isologit.config import ModelConfig
@@ -63,7 +63,7 @@ def check_same(weights: PackedWeights, checkpoint: Checkpoint) -> None:
     head = embedding if checkpoint.config.tie_word_embeddings else tensors["lm_head.weight"]
     assert np.array_equal(weights.embedding, embedding.float().numpy())
     assert np.array_equal(weights.w_head, kernels.pack_weight(head, storage))
-    bytes_ = pack_byte_head(head) if HAS_BYTE_PRODUCTS else None
+    bytes_ = pack_byte_head(head) if BYTE_PRODUCTS is not None else None
     assert (weights.byte_head is None) == (bytes_ is None)
     if bytes_ is not None and weights.byte_head is not None:
         assert np.array_equal(weights.byte_head.weights, bytes_.weights)
@@ -136,7 +136,7 @@ def test_other_vector_widths(avx2: bool, vnni: bool, width: int, tmp_path: Path)
     """In a process that is told it has narrower vectors than this machine."""
     found = _python(_OTHER_WIDTH.format(avx2=avx2, vnni=vnni), tmp_path)
     assert found[0] == width
-    assert f"vectors of {width}, panels of {2 * width}, {'byte-head' if vnni else 'no-byte-head'}" in found[1]
+    assert f"vectors of {width}, panels of {2 * width}, {'byte-head' if avx2 else 'no-byte-head'}" in found[1]
 
 
 def _python(code: str, compiled: Path) -> Any:

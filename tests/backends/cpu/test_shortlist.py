@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from isologit.backends.cpu import kernels, simd, tiles
+from isologit.backends.cpu import kernels, shortlist, simd, tiles
 from isologit.backends.cpu.providers import linear_numba
 from isologit.backends.cpu.shortlist import (
     NOT_PICKED,
+    ROW_DTYPE,
     ByteHead,
     bound_panels,
     pack_byte_head,
@@ -32,18 +33,18 @@ def bounds(x: np.ndarray, head: ByteHead) -> np.ndarray:
     """[R, panels] upper bounds of each row; NaN for rows that have none."""
     rows, depth = x.shape
     height = kernels.tile_height(rows)
-    row_bytes = np.zeros((rows + height) * depth, np.int8)
+    row_integers = np.zeros((rows + height) * depth, ROW_DTYPE)
     take, factors = np.zeros(rows, np.int32), np.zeros((rows, 3), np.float32)
     bounded = np.zeros(rows, bool)
     flat = x.reshape(-1)
     for row in range(rows):
         top = row - row % height
         bounded[row] = quantise_row(
-            flat, row * depth, depth, row_bytes, top * depth + (row - top) * 4, height, take, factors, row
+            flat, row * depth, depth, row_integers, top * depth + (row - top) * 4, height, take, factors, row
         )
     tops = np.zeros(len(head.weights) * rows, np.float32)
     bound_panels(
-        row_bytes.view(np.int32), height, rows, head.weights, head.columns, take, factors, tops,
+        row_integers.view(np.int32), height, rows, head.weights, head.columns, take, factors, tops,
         np.zeros(1, np.int64), 0,
     )  # fmt: skip
     found = tops.reshape(-1, rows).T.copy()
@@ -107,14 +108,16 @@ def test_without_the_error_in_the_bounds_a_wrong_token_is_picked() -> None:
     """The inverse: approximate logits alone choose wrong ones among near ties."""
     rng = np.random.default_rng(1)
     base = rng.standard_normal(256)
-    weight = torch.from_numpy((base + 1e-3 * rng.standard_normal((4000, 256))).astype(np.float32))
+    columns = base + 1e-3 * rng.standard_normal((4000, 256))
+    columns[np.arange(4000) % PANEL_WIDTH > 0] /= 2  # one near tie a panel, whose bound no neighbour lifts
+    weight = torch.from_numpy(columns.astype(np.float32))
     x = (base + 0.1 * rng.standard_normal((20, 256))).astype(np.float32)
     best = linear_numba(torch.from_numpy(x), weight).numpy().argmax(1).tolist()
     honest = byte_head(weight)
     assert all(found in (index, NOT_PICKED) for (found, _), index in zip(pick(x, weight), best, strict=True))
-    columns = honest.columns.copy()
-    columns[:, 1:] = 0
-    careless = pick(x, weight, ByteHead(honest.weights, columns))
+    no_errors = honest.columns.copy()
+    no_errors[:, 1:] = 0
+    careless = pick(x, weight, ByteHead(honest.weights, no_errors))
     assert [index for index, _ in careless] != best
 
 
@@ -136,25 +139,38 @@ def test_weights_that_bounds_cannot_hold_are_refused(value: float) -> None:
     assert pack_byte_head(torch.ones(3, 8)) is not None
 
 
-@pytest.mark.parametrize("instruction", [True, False])
-def test_byte_products_are_exact_with_and_without_the_instruction(
-    instruction: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if instruction and not simd.HAS_BYTE_PRODUCTS:
-        pytest.skip("this CPU has no byte products")
-    monkeypatch.setattr(tiles, "HAS_BYTE_PRODUCTS", instruction)
+@pytest.mark.parametrize("how", ["fours", "pairs", None])
+def test_integer_products_are_exact_by_every_instruction(how: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the ends of their ranges too, and with instructions that this width would not choose."""
+    if how is not None and not simd.has_byte_products(simd.FEATURES, simd.VECTOR_WIDTH, how):
+        pytest.skip("this CPU has no such instruction")
+    words = 2 if how == "pairs" else 1
+    monkeypatch.setattr(tiles, "BYTE_PRODUCTS", how)
+    monkeypatch.setattr(tiles, "WORDS_OF_FOUR", words)
     rng = np.random.default_rng(2)
     depth, rows = 33, 5
-    x = rng.integers(-127, 128, (depth, rows, 4)).astype(np.int8)
+    most = 127 if words == 1 else 32767
+    x = rng.integers(-most, most + 1, (depth, rows, 4))
     w = rng.integers(1, 256, (depth, PANEL_WIDTH, 4)).astype(np.uint8)
+    x[:, 0], w[:, 0] = most, 255
+    stored = np.ascontiguousarray(x if words == 1 else x[..., [0, 2, 1, 3]], np.int8 if words == 1 else np.int16)
     columns = np.zeros(3 * PANEL_WIDTH, np.float32)
     columns[:PANEL_WIDTH] = 1  # the scales; no errors
     take, factors, tops = np.zeros(rows, np.int32), np.ones((rows, 3), np.float32), np.zeros(rows, np.float32)
 
     @njit
     def call(x, w, columns, take, factors, tops):  # type: ignore[no-untyped-def]
-        tiles.bound_tile(x, 0, rows, w, 0, depth, 0, 0, columns, 0, take, factors, 0, tops, 0, rows)
+        tiles.bound_tile(x, 0, rows * words, w, 0, depth, 0, 0, columns, 0, take, factors, 0, tops, 0, rows)
 
-    call(x.view(np.int32).reshape(-1), w.view(np.int32).reshape(-1), columns, take, factors, tops)
+    call(stored.view(np.int32).reshape(-1), w.view(np.int32).reshape(-1), columns, take, factors, tops)
     sums = np.einsum("krb,kcb->rc", x.astype(np.int64), w.astype(np.int64))
-    assert np.array_equal(tops, sums.max(1))
+    assert np.array_equal(tops, sums.max(1).astype(np.float32))
+
+
+@pytest.mark.parametrize("depth", [4, 768, 4096, shortlist.LARGEST_DEPTH // 4 * 4])
+def test_no_sum_of_products_overflows(depth: int) -> None:
+    assert shortlist.has_byte_bounds(depth)
+    assert not shortlist.has_byte_bounds(shortlist.LARGEST_DEPTH // 4 * 4 + 4)
+    most = shortlist.largest_integer(depth)
+    assert 127 <= most <= np.iinfo(ROW_DTYPE).max
+    assert depth * 255 * most < 2**31

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from isologit.backends.cpu.simd import VECTOR_WIDTH, host_vector_width, vector_width
+from isologit.backends.cpu.simd import VECTOR_WIDTH, byte_products, host_vector_width, narrower, vector_width
 from isologit.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -40,10 +41,53 @@ def test_compiled_kernels_of_two_widths_lie_apart() -> None:
     assert (folders[0] == folders[1]) == (VECTOR_WIDTH == 4)
 
 
+_REGISTERS = """
+import re
+import numpy as np
+from numba import njit
+from isologit.backends.cpu.tiles import bound_tile
+
+@njit
+def call(x, w, columns, take, factors, tops):
+    bound_tile(x, 0, 12, w, 0, 8, 0, 0, columns, 0, take, factors, 0, tops, 0, 6)
+
+call.compile("void(int32[::1], int32[::1], float32[::1], int32[::1], float32[:, ::1], float32[::1])")
+(code,) = call.inspect_asm().values()
+print(*sorted(set(re.findall(r"%([xyz]mm|k)([0-9]+)", code))))
+"""
+
+
+@pytest.mark.skipif(host_vector_width() <= AVX2, reason="this CPU has nothing to keep from")
+@pytest.mark.parametrize("width", [AVX2, host_vector_width()])
+def test_a_narrower_cpu_has_fewer_registers_and_no_masks(width: int) -> None:
+    """AVX-512 lends its 32 registers and masks to shorter vectors too, which would flatter them."""
+    done = with_width(width, "-c", _REGISTERS)
+    assert done.returncode == 0, done.stderr
+    found = {(kind, int(number)) for kind, number in re.findall(r"'([xyzm]+|k)', '(\d+)'", done.stdout)}
+    assert ("ymm", 5) in found
+    beyond = [register for register in found if register[0] in ("zmm", "k") or register[1] > 15]
+    assert bool(beyond) == (width > AVX2)
+
+
+def test_features_of_a_narrower_cpu() -> None:
+    host = {"avx2": True, "fma": True, "sse4a": False, "avx512f": True, "avx512vnni": True, "avxvnni": True}
+    assert [byte_products(host, width) for width in (4, 8, 16)] == [None, "fours", "fours"]
+    assert byte_products({**host, "avx512vnni": False, "avx512bw": True}, 16) == "pairs"
+    plain = narrower(host, AVX2)
+    assert {name for name, has in plain.items() if has} == {"avx2", "fma"}
+    assert byte_products(plain, AVX2) == "pairs"
+    assert {name for name, has in narrower(host, 4).items() if has} == {"fma"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(host_vector_width() <= AVX2, reason="this CPU is not wider than AVX2, so other tests are enough")
 def test_kernels_for_avx2_agree_with_their_definitions() -> None:
     """Tiles, panels and blocks of keys have other sizes there."""
-    tests = ("tests/backends/cpu/test_kernels.py", "tests/ops", "tests/backends/conformance/test_steps.py")
+    tests = (
+        "tests/backends/cpu/test_kernels.py",
+        "tests/backends/cpu/test_shortlist.py",
+        "tests/ops",
+        "tests/backends/conformance/test_steps.py",
+    )
     done = with_width(AVX2, "-m", "pytest", "-q", "-x", "-k", "not torch and not triton and not cuda", *tests)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

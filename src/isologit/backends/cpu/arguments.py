@@ -121,11 +121,11 @@ class Scratch(NamedTuple):
 class ChoiceScratch(NamedTuple):
     """What `choose_rows` works in besides.
 
-    row_bytes: int8, the rows in tiles of bytes, and the same memory as int32, row_words. rows_to_take: int32 [rows].
-    factors: float32 [rows, 3]. tops: float32 [panels * rows]. row_tops: float32 [threads, panels].
+    row_integers: `shortlist.ROW_DTYPE`, the rows in tiles, and the same memory as int32, row_words. rows_to_take: int32
+    [rows]. factors: float32 [rows, 3]. tops: float32 [panels * rows]. row_tops: float32 [threads, panels].
     """
 
-    row_bytes: np.ndarray
+    row_integers: np.ndarray
     row_words: np.ndarray
     rows_to_take: np.ndarray
     factors: np.ndarray

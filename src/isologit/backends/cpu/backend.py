@@ -225,7 +225,7 @@ class CPUBackend:
         self._choice: ChoiceScratch | None = None
         if self._byte_head is not None:
             choice = made(choice_shapes(self.config, self.num_threads, num_tokens))
-            self._choice = ChoiceScratch(row_words=choice["row_bytes"].view(np.int32), **choice)
+            self._choice = ChoiceScratch(row_words=choice["row_integers"].view(np.int32), **choice)
         self._logits = zeros((0, self._w_head.shape[0] * PANEL_WIDTH))
 
     def forward(self, batch: FlatBatch) -> StepOutput:

@@ -17,7 +17,7 @@ import torch
 
 from isologit.backends.cpu.kernels import pack_rows, panel_count
 from isologit.backends.cpu.shortlist import ByteHead, has_byte_bounds, quantised_rows
-from isologit.backends.cpu.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH, VECTOR_WIDTH
+from isologit.backends.cpu.simd import BYTE_PRODUCTS, PANEL_WIDTH, VECTOR_WIDTH
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.common.load_progress import OnLoadProgress
 from isologit.config import ModelConfig
@@ -121,7 +121,7 @@ def pack(
 
 
 def _wants_byte_head(config: ModelConfig) -> bool:
-    return HAS_BYTE_PRODUCTS and has_byte_bounds(config.hidden_size)
+    return BYTE_PRODUCTS is not None and has_byte_bounds(config.hidden_size)
 
 
 def _places(config: ModelConfig) -> dict[str, _Place]:

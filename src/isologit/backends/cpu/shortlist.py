@@ -1,6 +1,6 @@
 """The largest logit of a row without computing most of its logits, and with proof that none of those is larger.
 
-Every column of the LM head also exists as bytes. An integer product of bytes, four times as fast as one of
+Every column of the LM head also exists as bytes. An integer product with them, two or four times as fast as one of
 float32, gives each logit up to an error that the Cauchy-Schwarz inequality bounds: with h and w approximated by h' and
 w', |h.w - h'.w'| <= |h||w - w'| + |h - h'||w'|. Panels of columns whose upper bound reaches the largest exact logit
 found are computed exactly, by the same chain of multiply-adds as in the whole product; the others cannot hold the
@@ -18,12 +18,15 @@ from numba import njit
 
 from isologit.backends.cpu.kernels import dot_short, panel_count, panel_portion
 from isologit.backends.cpu.memory import aligned
-from isologit.backends.cpu.simd import PANEL_WIDTH, atomic_add
+from isologit.backends.cpu.simd import BYTE_PRODUCTS, PANEL_WIDTH, WORDS_OF_FOUR, atomic_add
 from isologit.backends.cpu.tiles import bound_tile
 
 NOT_PICKED = -2  # a row whose logits must all be computed
 _LARGEST_BYTE = 127
-_LARGEST_DEPTH = 2**31 // (255 * 127)  # features that an int32 sum of byte products holds
+_LARGEST_SUM = 2**31 - 1  # of products that an int32 holds
+LARGEST_DEPTH = _LARGEST_SUM // (255 * _LARGEST_BYTE)
+_PAIRS = BYTE_PRODUCTS == "pairs"
+ROW_DTYPE = np.int16 if _PAIRS else np.int8  # of a row's integers, which the bytes are multiplied with
 _MOST_PANELS = 256  # of a row
 _LEAST_NORM, _MOST_NORM = 1e-12, 1e12  # of a row; beyond them the factors could leave float32
 _ROWS_AT_ONCE = 2048  # vocabulary entries approximated together, to bound the memory it takes
@@ -48,7 +51,7 @@ class ByteHead:
 
 def has_byte_bounds(depth: int) -> bool:
     """Whether products of so many features can be bounded: neither odd nor huge depths can."""
-    return depth % 4 == 0 and depth <= _LARGEST_DEPTH
+    return depth % 4 == 0 and depth <= LARGEST_DEPTH
 
 
 def quantised_rows(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray] | None:
@@ -94,27 +97,35 @@ def _rounded_up(x: np.ndarray) -> np.ndarray:
     return np.nextafter(x.astype(np.float32), np.float32(np.inf))
 
 
+@njit(nogil=True)
+def largest_integer(depth):
+    """Largest of a row's integers: a byte, or in 16 bits what no int32 sum of `depth` products overflows with."""
+    return min(32767, _LARGEST_SUM // (255 * depth)) if _PAIRS else _LARGEST_BYTE
+
+
 @njit(nogil=True, fastmath={"reassoc", "contract"})
 def quantise_row(x, offset, size, out, out_offset, height, rows_to_take, factors, row):
-    """Row `row` of a step as bytes: `size` float32 from `x[offset]` on; False if zero or not finite: no bounds.
+    """Row `row` of a step as integers: `size` float32 from `x[offset]` on; False if zero or not finite: no bounds.
 
-    out: int8, tiles of [size / 4, height, 4], the row's first byte at `out_offset`. rows_to_take[row] and
-    factors[row]: what `bound_tile` wants of the row.
+    out: ROW_DTYPE, tiles of [size / 4, height, 4], the row's first integer at `out_offset`; in pairs, of four the first
+    and the third come first. rows_to_take[row] and factors[row]: what `bound_tile` wants of the row.
     """
+    most = largest_integer(size)
     largest = np.float32(0.0)
     for i in range(size):
         largest = max(largest, abs(x[offset + i]))
-    scale = largest / np.float32(_LARGEST_BYTE)
-    inverse = np.float32(_LARGEST_BYTE) / largest if largest > 0 else np.float32(0.0)
+    scale = largest / np.float32(most)
+    inverse = np.float32(most) / largest if largest > 0 else np.float32(0.0)
     total = 0
     length = error = 0.0
     for i in range(size):
         value = x[offset + i]
-        byte = min(_LARGEST_BYTE, max(-_LARGEST_BYTE, math.floor(value * inverse + np.float32(0.5))))
-        out[out_offset + (i >> 2) * 4 * height + (i & 3)] = byte
-        total += byte
+        integer = min(most, max(-most, math.floor(value * inverse + np.float32(0.5))))
+        within = (i & 1) << 1 | (i & 2) >> 1 if _PAIRS else i & 3
+        out[out_offset + (i >> 2) * 4 * height + within] = integer
+        total += integer
         wide = np.float64(value)
-        left = wide - np.float64(scale) * byte
+        left = wide - np.float64(scale) * integer
         length += wide * wide
         error += left * left
     length, error = math.sqrt(length) * _UP, math.sqrt(error) * _UP
@@ -132,7 +143,7 @@ _UP = 1.0 + 1e-6  # more than rounding to float32 can take away
 def bound_panels(x, height, rows, weights, columns, rows_to_take, factors, tops, counters, counter):
     """One thread's share of the largest upper bound of each panel for each row: `tops` [panels, rows], flat.
 
-    x: int32, the rows' bytes in tiles. Threads share the panels through `counters[counter]`, as in `linear`.
+    x: int32, the rows' integers in tiles. Threads share the panels through `counters[counter]`, as in `linear`.
     """
     num_panels, depth = weights.shape[0], weights.shape[1]
     flat, column_flat = weights.reshape(-1), columns.reshape(-1)
@@ -146,7 +157,7 @@ def bound_panels(x, height, rows, weights, columns, rows_to_take, factors, tops,
         for panel in range(first, last):
             for top in range(0, rows, height):
                 bound_tile(
-                    x, top * depth, height, flat, panel * panel_size, depth,
+                    x, top * depth * WORDS_OF_FOUR, height * WORDS_OF_FOUR, flat, panel * panel_size, depth,
                     panel_size + top // height * fetched_by_tile, pace, column_flat, panel * 3 * PANEL_WIDTH,
                     rows_to_take, factors, top, tops, panel * rows + top, min(height, rows - top),
                 )  # fmt: skip

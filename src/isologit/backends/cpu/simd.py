@@ -44,14 +44,44 @@ def vector_width(wish: str, widest: int) -> int:
     return int(wish or widest)
 
 
-def _host_has_byte_products() -> bool:
-    """Whether this CPU multiplies bytes four at a time, at its full vector width."""
-    features = llvm.get_host_cpu_features()
-    return bool(features.get("avx512vnni")) if VECTOR_WIDTH == 16 else bool(features.get("avxvnni"))
+def narrower(features: dict[str, bool], width: int) -> dict[str, bool]:
+    """Features of a CPU like the one with these, but with vectors of `width` lanes and nothing that came later.
+
+    That is more than shorter vectors: AVX-512 has twice the registers, masks and operands that are spread from memory
+    at every width, and products of bytes came to CPUs without it only as AVX-VNNI.
+    """
+    later = ("avx512", "avx10", "amx", "avxvnni", "avxifma", "avxneconvert", *(("avx2",) if width < 8 else ()))
+    return {name: has and not name.startswith(later) for name, has in features.items()}
+
+
+def has_byte_products(features: dict[str, bool], width: int, how: str) -> bool:
+    """Whether a CPU with these features has instructions for products of bytes at this width, summed exactly in int32.
+
+    "fours": of four with one instruction. "pairs": of two with two instructions, after they are widened to 16 bits.
+    """
+    needed = {"fours": {8: "avxvnni", 16: "avx512vnni"}, "pairs": {8: "avx2", 16: "avx512bw"}}
+    return features.get(needed[how].get(width, ""), False)
+
+
+def byte_products(features: dict[str, bool], width: int) -> str | None:
+    """The fastest that a CPU with these features has: "fours", "pairs" or None."""
+    return next((how for how in ("fours", "pairs") if has_byte_products(features, width, how)), None)
+
+
+def compile_for_narrower() -> None:
+    """Have Numba make code that a CPU of VECTOR_WIDTH could run: with its features, and scheduled as for one."""
+    numba.config.CPU_NAME = {4: "x86-64-v2", 8: "znver3"}[VECTOR_WIDTH]
+    numba.config.CPU_FEATURES = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(FEATURES.items()))
 
 
 VECTOR_WIDTH = vector_width(os.environ.get(_WIDTH_VARIABLE, ""), host_vector_width())
-HAS_BYTE_PRODUCTS = _host_has_byte_products()
+FEATURES = dict(llvm.get_host_cpu_features())  # of the CPU that kernels are made for
+if host_vector_width() > VECTOR_WIDTH:
+    FEATURES = narrower(FEATURES, VECTOR_WIDTH)
+    compile_for_narrower()
+BYTE_PRODUCTS = byte_products(FEATURES, VECTOR_WIDTH)
+# Words, int32 each, that hold what four bytes are multiplied with: four bytes, or two pairs of 16 bits.
+WORDS_OF_FOUR = 2 if BYTE_PRODUCTS == "pairs" else 1
 CACHE_LINE = 64  # bytes
 PANEL_VECTORS = 2
 INTS = ir.VectorType(ir.IntType(32), VECTOR_WIDTH)

@@ -11,7 +11,8 @@ from isologit.backends.base import LoadOptions, Memory
 from isologit.backends.cpu.heads import MAX_CHUNKS
 from isologit.backends.cpu.kernels import COUNTER_STRIDE, SCRATCH_SIZE, kv_block_size, panel_count
 from isologit.backends.cpu.packing import packed_bytes
-from isologit.backends.cpu.simd import HAS_BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
+from isologit.backends.cpu.shortlist import ROW_DTYPE
+from isologit.backends.cpu.simd import BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
 from isologit.config import ModelConfig
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype by name
@@ -90,7 +91,7 @@ def choice_shapes(config: ModelConfig, num_threads: int, num_tokens: int) -> Sha
     """The fields of `arguments.ChoiceScratch` but `row_words`."""
     panels = panel_count(config.vocab_size)
     return {
-        "row_bytes": ((tiled_rows(num_tokens, num_threads) * config.hidden_size,), np.int8),
+        "row_integers": ((tiled_rows(num_tokens, num_threads) * config.hidden_size,), ROW_DTYPE),
         "rows_to_take": ((num_tokens,), np.int32),
         "factors": ((num_tokens, 3), np.float32),
         "tops": ((num_tokens * panels,), np.float32),
@@ -111,7 +112,7 @@ def nbytes(shapes: Shapes) -> int:
 def plan_memory(config: ModelConfig, options: LoadOptions, num_tokens: int) -> Memory:
     """What a model and steps of up to `num_tokens` tokens take."""
     scratch = scratch_shapes(config, options.max_model_len, options.num_threads, num_tokens)
-    if HAS_BYTE_PRODUCTS:
+    if BYTE_PRODUCTS:
         scratch |= choice_shapes(config, options.num_threads, num_tokens)
     weights = packed_bytes(config) + nbytes(table_shapes(config, options.max_model_len))
     return Memory(weights, kv_block_bytes(config), nbytes(scratch))

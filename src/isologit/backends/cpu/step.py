@@ -29,7 +29,7 @@ from isologit.backends.cpu.kernels import (
     wait_until,
 )
 from isologit.backends.cpu.shortlist import NOT_PICKED, bound_panels, pick_row, quantise_row
-from isologit.backends.cpu.simd import TILE_ROWS, VECTOR_WIDTH, atomic_add, monotonic_ns
+from isologit.backends.cpu.simd import TILE_ROWS, VECTOR_WIDTH, WORDS_OF_FOUR, atomic_add, monotonic_ns
 
 COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, attention, output, gate-up, down
 COUNTERS_PER_PART = 4  # in `choose_rows`: whether it is ready, panels, threads that are busy with them, rows
@@ -240,8 +240,8 @@ def choose_rows(
         first, last = first_picked[part], first_picked[part + 1]
         rows, height = last - first, tile_height(last - first)
         part_picked = picked[first:last]
-        part_bytes = choice.row_bytes[(first + part * TILE_ROWS) * hidden :]
-        part_words = choice.row_words[(first + part * TILE_ROWS) * hidden // 4 :]
+        part_integers = choice.row_integers[(first + part * TILE_ROWS) * hidden :]
+        part_words = choice.row_words[(first + part * TILE_ROWS) * hidden // 4 * WORDS_OF_FOUR :]
         part_take, part_factors = choice.rows_to_take[first:last], choice.factors[first:last]
         part_tops = choice.tops[first * num_panels : last * num_panels]
         ready = COUNTER_STRIDE * (1 + COUNTERS_PER_PART * part)
@@ -252,7 +252,7 @@ def choose_rows(
                     place = (top * hidden // 4 + (r - top)) * 4
                     chosen[part_picked[r]] = 0
                     if not quantise_row(
-                        flat, part_picked[r] * hidden, hidden, part_bytes, place, height, part_take, part_factors, r
+                        flat, part_picked[r] * hidden, hidden, part_integers, place, height, part_take, part_factors, r
                     ):
                         chosen[part_picked[r]] = NOT_PICKED
             atomic_add(shared, ready, 1)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from isologit.backends.cpu.simd import (
+    BYTE_PRODUCTS,
     CACHE_LINE,
-    HAS_BYTE_PRODUCTS,
     INTS,
     PANEL_VECTORS,
     PANEL_WIDTH,
     TILE_ROWS,
     VECTOR_WIDTH,
+    WORDS_OF_FOUR,
     across_lanes,
     constant,
     data_pointer,
@@ -34,6 +36,7 @@ _STORAGE_OF_DTYPE = {types.float32: "float32", types.int16: "float16", types.uin
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bytes": 4}  # of a column at one place of the depth
 EPILOGUES = ("store", "add", "swiglu")
 
+llvm.initialize_native_asmparser()
 
 LINES_PER_PASS = 4  # most lines that a pass of a tile product with a stream prefetches
 STREAM_CHUNK = 4096  # bytes
@@ -60,8 +63,8 @@ def _load_weights(builder: Any, pointer: Any, storage: str) -> Any:
 
 
 def _dot_bytes(builder: Any, unsigned: Any, signed: Any, total: Any) -> Any:
-    """`total` + the products of the four bytes of each lane, in int32 without rounding: AVX-512 VNNI's `vpdpbusd`."""
-    if HAS_BYTE_PRODUCTS:
+    """`total` + the products of the four bytes of each lane, in int32 without rounding: VNNI's `vpdpbusd`."""
+    if BYTE_PRODUCTS == "fours":
         signature = ir.FunctionType(INTS, [INTS] * 3)
         name = f"llvm.x86.avx512.vpdpbusd.{32 * VECTOR_WIDTH}"
         return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), [total, unsigned, signed])
@@ -71,6 +74,31 @@ def _dot_bytes(builder: Any, unsigned: Any, signed: Any, total: Any) -> Any:
         b = builder.ashr(builder.shl(signed, up), down)
         total = builder.add(total, builder.mul(a, b))
     return total
+
+
+def _dot_pairs(builder: Any, first: Any, second: Any, total: Any) -> Any:
+    """`total` + the products of the two int16 of each lane, in int32 without rounding: `vpmaddwd`.
+
+    NOTE: as one piece of assembly, because LLVM adds products to each other before it adds them to the total, and then
+    has many more of them than registers.
+    """
+    product, any_register = {8: ("%ymm15", "x"), 16: ("%zmm31", "v")}[VECTOR_WIDTH]
+    return builder.asm(
+        ir.FunctionType(INTS, [INTS] * 3),
+        f"vpmaddwd $2, $3, {product}\n\tvpaddd {product}, $0, $0",
+        f"={any_register},0,{any_register},{any_register},~{{{product[1:]}}}",
+        [total, first, second],
+        side_effect=False,
+    )
+
+
+def _every_second_byte(builder: Any, fours: Any, first: int) -> Any:
+    """The unsigned bytes `first` and `first` + 2 of each lane as a pair of int16."""
+    if first == 0:
+        return builder.and_(fours, ir.Constant(INTS, [0x00FF00FF] * VECTOR_WIDTH))
+    halves = ir.VectorType(ir.IntType(16), 2 * VECTOR_WIDTH)
+    moved = builder.lshr(builder.bitcast(fours, halves), ir.Constant(halves, [8] * 2 * VECTOR_WIDTH))
+    return builder.bitcast(moved, INTS)
 
 
 def _swiglu(builder: Any, gate: Any, up: Any) -> Any:
@@ -193,7 +221,8 @@ def _emit_sums(
     unroll = 4 if rows <= 2 else 2
     vectors = PANEL_VECTORS * panels
     lines_per_pass = unroll * PANEL_WIDTH * _BYTES[storage] // CACHE_LINE
-    multiply_add = _dot_bytes if storage == "bytes" else fma
+    words = WORDS_OF_FOUR if storage == "bytes" else 1
+    multiply_add = fma if storage != "bytes" else _dot_bytes if words == 1 else _dot_pairs
     x_ptr, x_off, x_step, w_ptr, w_off, w_ld, depth, fetch, pace = operands
     x_base = builder.gep(x_ptr, [x_off])
     w_offsets, fetches = [w_off], [fetch]
@@ -237,11 +266,14 @@ def _emit_sums(
                 for base in w_now
                 for j in range(PANEL_VECTORS)
             ]
-            for r in range(rows):
-                scalar = spread(builder, builder.load(builder.gep(x_now, [builder.add(times(x_step, u), i64(r))])))
-                for j in range(vectors):
-                    index = r * vectors + j
-                    current[index] = multiply_add(builder, weights[j], scalar, current[index])
+            for word in range(words):
+                factors = weights if words == 1 else [_every_second_byte(builder, value, word) for value in weights]
+                for r in range(rows):
+                    place = builder.add(times(x_step, u), i64(words * r + word))
+                    scalar = spread(builder, builder.load(builder.gep(x_now, [place])))
+                    for j in range(vectors):
+                        index = r * vectors + j
+                        current[index] = multiply_add(builder, factors[j], scalar, current[index])
         following = [
             builder.add(k, i64(step)),
             builder.gep(x_now, [times(x_step, step)]),
@@ -279,9 +311,10 @@ def bound_tile(
 ):  # fmt: skip
     """Largest upper bound of a panel's logits for each row of a tile of bytes, into `tops` from `tops_offset` on.
 
-    x: int32 of four int8 each, transposed as in `make_tile_product`; w: int32 of four uint8 each, a weight plus 128;
-    depth: in fours. With t the product of x and w less `rows_to_take[row]` (int32), and s, e, n the panel's float32
-    `columns` [3, PANEL_WIDTH], a column's bound is (t * s + factors[row, 0] * e + factors[row, 1] * n) *
+    x: int32, for each place of the depth WORDS_OF_FOUR of each row, side by side: four int8, or with products in pairs
+    two int16 of the first and the third, and two of the second and the fourth. w: int32 of four uint8 each, a weight
+    plus 128; depth: in fours. With t the product of x and w less `rows_to_take[row]` (int32), and s, e, n the panel's
+    float32 `columns` [3, PANEL_WIDTH], a column's bound is (t * s + factors[row, 0] * e + factors[row, 1] * n) *
     factors[row, 2]. Rows of the tile are numbered from `first_row` on; 1 to TILE_ROWS of them.
     """
     signature = types.void(
