@@ -90,6 +90,9 @@ def test_nan_after_a_wrong_draft_is_nobodys(llm: LLM) -> None:
     """A row that verification throws away may hold anything; a replay whose row is kept may not."""
 
     class Fixed:
+        def is_worthwhile(self, num_sequences: int) -> bool:
+            return True
+
         def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
             return [[7, 8][:limit] for _, limit in wanted]
 

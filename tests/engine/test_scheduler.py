@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isologit.engine.blocks import BlockPool
+from isologit.engine.pipeline import Pipeline
 from isologit.engine.request import GenerationRequest, SamplingParams, Sequence, SequenceStatus
 from isologit.engine.scheduler import ScheduledSequence, Scheduler, SchedulerConfig, StepPlan
 from isologit.engine.speculation import NGramProposer, Proposer
@@ -54,19 +56,32 @@ def one_at_a_time(request: GenerationRequest) -> tuple[list[int], str]:
     return output, "length"
 
 
+class ToyResult(NamedTuple):
+    first_rows: list[int]
+    chosen: list[list[int]]
+
+
+class ToyDevice(NamedTuple):
+    overlaps_steps: bool
+
+
 @dataclass
 class ToyRunner:
     """Executes plans on a dictionary memory: (block, offset) -> prefix up to and with the token there."""
 
     block_size: int
     memory: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    backend: ToyDevice | None = None
+    last: list[int] = field(default_factory=list)  # argmax of the last step's rows
 
-    def execute(self, plan: StepPlan) -> list[list[int]]:
+    def execute(self, plan: StepPlan) -> ToyResult:
         fed: list[tuple[ScheduledSequence, list[int]]] = []
         written: set[tuple[int, int]] = set()
         for entry in plan.sequences:
             seq, start = entry.seq, entry.start
             known = seq.token_ids[: start + entry.num_tokens - len(entry.draft_token_ids)] + entry.draft_token_ids
+            assert all(token >= 0 for token in known[:-1])
+            known[-1] = known[-1] if known[-1] >= 0 else self.last[-1 - known[-1]]
             assert len(known) == start + entry.num_tokens > start
             fed.append((entry, known))
             for position in range(start, len(known)):
@@ -75,6 +90,8 @@ class ToyRunner:
                 written.add(slot)
                 self.memory[slot] = tuple(known[: position + 1])
         chosen: list[list[int]] = []
+        first_rows: list[int] = []
+        self.last = []
         for entry, known in fed:
             seq = entry.seq
             for position in range(len(known)):
@@ -82,10 +99,12 @@ class ToyRunner:
                 assert self.memory.get(slot) == tuple(known[: position + 1]), "read another sequence's prefix"
             rows = range(len(known) - entry.num_logits, len(known))
             tokens = [toy_model(tuple(known[: row + 1])) for row in rows]
+            first_rows.append(len(self.last))
+            self.last += tokens
             if tokens:
                 tokens[0] = toy_choice(tokens[0], seq.request.params, seq.num_output_tokens)
             chosen.append(tokens)
-        return chosen
+        return ToyResult(first_rows, chosen)
 
 
 class NoisyProposer:
@@ -94,6 +113,9 @@ class NoisyProposer:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.known: set[str] = set()
+
+    def is_worthwhile(self, num_sequences: int) -> bool:
+        return True
 
     def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
         drafts = []
@@ -133,14 +155,23 @@ class Outcome:
     num_steps: int = 0
     num_draft_tokens: int = 0
     num_cached_tokens: int = 0
+    num_ahead: int = 0  # steps that ran while the one before them was not committed
+    num_passed_over: int = 0  # rows of sequences that had ended
 
 
 def run(
-    scheduler: Scheduler, requests: list[GenerationRequest], aborts: dict[int, str] | None = None, late: int = 0
+    scheduler: Scheduler,
+    requests: list[GenerationRequest],
+    aborts: dict[int, str] | None = None,
+    late: int = 0,
+    *,
+    overlaps: bool = False,
+    runner_class: type[ToyRunner] = ToyRunner,
 ) -> Outcome:
     """Drive a scheduler to the end. `aborts` maps a step to the request cancelled before it; `late` requests are added
-    one per step."""
-    runner = ToyRunner(scheduler.blocks.block_size)
+    one per step; `overlaps`: each step is executed before the one ahead of it is committed, where that is foreseen."""
+    runner: Any = runner_class(scheduler.blocks.block_size, backend=ToyDevice(overlaps))
+    pipeline = Pipeline(scheduler, runner)
     outcome = Outcome({})
     queue = [Sequence(request) for request in requests]
     for seq in queue[: len(queue) - late]:
@@ -156,7 +187,7 @@ def run(
             outcome.outputs[seq.request.request_id] = seq
             outcome.num_cached_tokens += seq.num_cached_tokens
 
-    while scheduler.has_work() or queue:
+    while scheduler.has_work() or pipeline or queue:
         if queue:
             scheduler.add(queue.pop(0))
         victim = aborts.pop(outcome.num_steps, None)
@@ -164,20 +195,26 @@ def run(
             assert seq.finish_reason == "abort"
             report([seq])
         outcome.num_steps += 1
-        plan = scheduler.schedule()
-        scheduler.check_integrity()
-        if plan is None:
+        step = pipeline.next()
+        if not pipeline:  # else a slot may have been given away by a sequence whose end is foreseen
+            scheduler.check_integrity()
+        if step is None:
             report(scheduler.take_finished())
             continue
+        plan, result = step.plan, step.result
+        outcome.num_ahead += bool(pipeline)
         assert plan.num_tokens == sum(entry.num_tokens for entry in plan.sequences)
         assert 0 < plan.num_tokens <= scheduler.config.max_num_batched_tokens
         assert len({id(entry.seq) for entry in plan.sequences}) == len(plan.sequences) <= scheduler.config.max_num_seqs
+        running = [entry for entry in plan.sequences if entry.seq.status is SequenceStatus.RUNNING]
+        assert overlaps or running == plan.sequences
+        outcome.num_passed_over += len(plan.sequences) - len(running)
         before = {id(entry): len(entry.seq.token_ids) for entry in plan.sequences}
         outcome.num_draft_tokens += sum(len(entry.draft_token_ids) for entry in plan.sequences)
-        finished = scheduler.commit(plan, runner.execute(plan))
+        finished = scheduler.commit(plan, result.chosen)
         for entry in plan.sequences:
             assert entry.num_accepted == len(entry.seq.token_ids) - before[id(entry)]
-            assert (entry.num_accepted > 0) == (entry.num_logits > 0)
+            assert (entry.num_accepted > 0) == (entry.num_logits > 0 and entry in running)
         report(finished)
         scheduler.check_integrity()
         assert outcome.num_steps < 5000
@@ -248,7 +285,8 @@ def test_any_schedule_gives_what_a_request_gets_alone(data: st.DataObject, reque
     )
     ids = st.sampled_from([request.request_id for request in requests])
     aborts = data.draw(st.dictionaries(st.integers(0, 30), ids, max_size=3))
-    outcome = run(scheduler, requests, aborts, late=data.draw(st.integers(0, len(requests))))
+    late, overlaps = data.draw(st.integers(0, len(requests))), data.draw(st.booleans())
+    outcome = run(scheduler, requests, aborts, late, overlaps=overlaps)
     assert_same_as_alone(outcome, requests)
     if isinstance(proposer, NoisyProposer):
         assert not proposer.known
@@ -266,7 +304,7 @@ def test_prompt_is_fed_in_chunks_beside_decode_rows() -> None:
         plan = scheduler.schedule()
         assert plan is not None
         seen.append([(e.seq.request.request_id, e.start, e.num_tokens, e.num_logits) for e in plan.sequences])
-        scheduler.commit(plan, runner.execute(plan))
+        scheduler.commit(plan, runner.execute(plan).chosen)
     assert seen == [
         [("a", 0, 2, 1), ("b", 0, 2, 0)],
         [("a", 2, 1, 1), ("b", 2, 3, 0)],
@@ -319,7 +357,7 @@ def test_drafts_do_not_bring_prefill_to_a_halt() -> None:
         assert plan is not None
         assert [entry.seq.request.request_id for entry in plan.sequences] == ["a", "b"]
         assert plan.num_tokens == 4
-        scheduler.commit(plan, runner.execute(plan))
+        scheduler.commit(plan, runner.execute(plan).chosen)
 
 
 def test_shared_blocks_let_a_request_in_that_would_not_fit_alone() -> None:

@@ -51,11 +51,13 @@ class Memory:
 class Backend(Protocol):
     """A loaded model on one device. Not thread-safe: one thread runs its steps, in the order of its calls.
 
-    name: its name in the registry. block_size: tokens of one block of keys and values. Every method may assume that
-    its arguments are valid; only `load` raises errors that a user should read.
+    name: its name in the registry. overlaps_steps: whether the host may prepare and start a step while the last one
+    runs, see `forward`. block_size: tokens of one block of keys and values. Every method may assume that its arguments
+    are valid; only `load` raises errors that a user should read.
     """
 
     name: ClassVar[str]
+    overlaps_steps: ClassVar[bool]
     block_size: int
     config: ModelConfig
 
@@ -98,8 +100,12 @@ class Backend(Protocol):
     def forward(self, batch: FlatBatch) -> StepOutput:
         """Run one step: write the keys and values of its tokens, attend, and give what `batch` wants.
 
-        The step may still be running when this returns; reading a field of the output waits for it. What is read is
-        valid until the next `forward` or `project`.
+        The step may still be running when this returns, but `batch` is not read any more; reading a field of the output
+        waits for it. What is read is valid until the next `forward` or `project`.
+
+        If `overlaps_steps`, the next `forward` may come before the output is read, with token ids that this step is
+        still to choose. `argmax` and `final` can then be read until the `forward` after that one, whatever `project`
+        does meanwhile, and reading them should wait for this step alone.
         """
         ...
 

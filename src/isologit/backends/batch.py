@@ -12,12 +12,13 @@ import numpy as np
 class FlatBatch:
     """T tokens of S sequences in a row; the tokens of one sequence are consecutive and in order.
 
-    token_ids, positions: int64 [T]. slots: int64 [T], where the token's keys and values go (block id * block size +
-    offset). sequences: int64 [S, 3], first row, number of rows and first position of each sequence. block_tables:
-    int64 [N, max blocks], one row of block ids for each place a running sequence can have, the same array from step to
-    step: a row changes only when another sequence takes the place. table_rows: int64 [S], each sequence's row in it.
-    logits_rows: int64 [R], ascending, rows whose argmax is wanted: of each sequence none or its last ones.
-    logits_wanted: bool [R], which of them want their logits too.
+    token_ids, positions: int64 [T]; a token id of -1 - r, only where `Backend.overlaps_steps`, is the argmax of the
+    last step's logits row r, and any token if that is NaN. slots: int64 [T], where the token's keys and values go
+    (block id * block size + offset). sequences: int64 [S, 3], first row, number of rows and first position of each
+    sequence. block_tables: int64 [N, max blocks], one row of block ids for each place a running sequence can have, the
+    same array from step to step: a row changes only when another sequence takes the place. table_rows: int64 [S], each
+    sequence's row in it. logits_rows: int64 [R], ascending, rows whose argmax is wanted: of each sequence none or its
+    last ones. logits_wanted: bool [R], which of them want their logits too.
     """
 
     token_ids: np.ndarray

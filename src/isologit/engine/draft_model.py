@@ -28,6 +28,10 @@ class DraftModelProposer:
         self._lengths = DraftLengths(max_draft)
         self._num_computed: dict[str, int] = {}  # leading tokens whose keys and values the draft model holds
 
+    def is_worthwhile(self, num_sequences: int) -> bool:
+        """Whether one more row, and the draft model's, cost less than a token does now."""
+        return self._row_cost(num_sequences) < 1.0
+
     def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
         """Drafts by as many steps of the draft model as the longest has tokens, after catching up with each."""
         drafts: list[list[int]] = [[] for _ in wanted]

@@ -9,6 +9,7 @@ import time
 
 from isologit.engine.captured_rows import CapturedRows, Finals
 from isologit.engine.live_requests import LiveRequests
+from isologit.engine.pipeline import Pipeline
 from isologit.engine.progress import StepDelta
 from isologit.engine.request import GenerationRequest, RequestOutput, Sequence
 from isologit.engine.runner import Runner
@@ -39,6 +40,7 @@ class EngineLoop:
         self.runner = runner
         self.step_records: list[StepRecord] = []
         self._zero_s = zero_s
+        self._pipeline = Pipeline(scheduler, runner)
         self._captured = CapturedRows(runner.backend.project)
         self._live = LiveRequests(
             scheduler, tokenizer, seed=seed, raw_logits=raw_logits, streaming=streaming, keep_hidden=keep_hidden
@@ -70,6 +72,7 @@ class EngineLoop:
 
     def drop_running(self) -> list[str]:
         """Give up what ran, or had just finished, when a step raised; returns the ids of the requests."""
+        self._pipeline.drop()
         self.scheduler.drop_running()
         lost = self._live.drop_lost()
         for request_id in lost:
@@ -77,29 +80,29 @@ class EngineLoop:
         return lost
 
     def has_work(self) -> bool:
-        """Whether any request is waiting, running, or finished and not handed out."""
-        return self.scheduler.has_work() or bool(self._captured)
+        """Whether any request is waiting, running, or finished and not handed out, or a step runs ahead."""
+        return self.scheduler.has_work() or bool(self._captured) or bool(self._pipeline)
 
     def step(self) -> list[RequestOutput]:
-        """One step of the model; returns the requests that finished in it."""
+        """Commit one step of the model; returns the requests that finished in it."""
         start = self.now()
-        plan = self.scheduler.schedule()
-        scheduled = self.now()
-        if plan is None:
+        step = self._pipeline.next()
+        if step is None:
             self._live.deltas = []
             return self._hand_out(self.scheduler.take_finished())
-        result = self.runner.execute(plan)
+        plan, result = step.plan, step.result
+        num_rows = len(result.argmax)  # waits for the device
         executed = self.now()
         rows = zip(plan.sequences, result.first_rows, strict=True)
         chosen = [self._live.choose(entry, result, row) for entry, row in rows]
         sampled = self.now()
         finished = self.scheduler.commit(plan, chosen)
         committed = self.now()
-        finished += self._live.file(plan, result, scheduled, committed)
+        finished += self._live.file(plan, result, step.at - self._zero_s, committed)
         filed = self.now()
         outputs = self._hand_out(finished)
-        moments = Moments(start, scheduled, executed, sampled, committed, filed, self.now())
-        self.step_records.append(StepRecord.of(plan, len(result.argmax), moments))
+        moments = Moments(start, start + self._pipeline.schedule_s, executed, sampled, committed, filed, self.now())
+        self.step_records.append(StepRecord.of(plan, num_rows, moments))
         return outputs
 
     def _hand_out(self, finished: list[Sequence]) -> list[RequestOutput]:

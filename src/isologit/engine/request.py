@@ -89,6 +89,7 @@ class Sequence:
     forced_tokens: list[int] | None = field(init=False)  # output to replay
     argmax_from: int = field(init=False)  # number of known tokens from which on the next is the row's plain argmax
     is_watched: bool = field(init=False)  # whether its tokens are looked at as they come, or its rows are kept
+    needs_logits: bool = field(init=False)  # whether any step must give its logits, beyond the index of the largest
     stop_ids: frozenset[int] = field(init=False, default=frozenset())  # token ids that end it; set by the scheduler
     num_computed_tokens: int = field(init=False, default=0)
     num_cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache
@@ -122,6 +123,8 @@ class Sequence:
             self.argmax_from = self.num_prompt_tokens + params.min_tokens
         else:
             self.argmax_from = self.max_total_tokens
+        gives_logits = self.scores_prompt or params.return_logits or params.logprobs is not None
+        self.needs_logits = gives_logits or self.argmax_from > self.num_prompt_tokens
 
     @property
     def scores_prompt(self) -> bool:

@@ -6,6 +6,8 @@ queue (`waiting_queue`) says who is next.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from isologit.engine.blocks import BlockPool
@@ -81,6 +83,7 @@ class Scheduler:
         self._running: dict[str, Sequence] = {}
         self._live: dict[str, Sequence] = {}  # waiting, running, or finished and not yet handed out
         self._unreported: list[Sequence] = []  # finished without a step
+        self._is_ahead = False  # within `as_if_committed`
 
     @property
     def num_running(self) -> int:
@@ -177,7 +180,8 @@ class Scheduler:
         """The next step, or None if nothing is left to compute.
 
         First one row (and its drafts) for every sequence that generates, then further prompt chunks of admitted
-        sequences, then new sequences from the queue while slots, rows and blocks last.
+        sequences, then new sequences from the queue while slots, rows and blocks last. Within `as_if_committed` no
+        drafts, and no new sequences that need logits.
         """
         scheduled: list[ScheduledSequence] = []
         prefilling: list[Sequence] = []
@@ -188,7 +192,7 @@ class Scheduler:
             else:
                 prefilling.append(seq)
         budget = self.config.max_num_batched_tokens - len(scheduled)
-        if self.proposer is not None:
+        if self.proposer is not None and not self._is_ahead:
             # NOTE: a row is kept for each unfinished prompt, so drafts cannot bring prefill to a halt.
             budget -= self._add_drafts(self.proposer, scheduled, budget - len(prefilling))
         scored_budget = _MOST_SCORED_ROWS
@@ -198,7 +202,7 @@ class Scheduler:
             scored_budget -= rows if seq.scores_prompt else 0
         while budget > 0 and len(self._running) < self.config.max_num_seqs:
             first = self._waiting.head()
-            if first is None:
+            if first is None or (self._is_ahead and first.needs_logits):
                 break
             if first.num_to_compute == 0 or not (first.generates or first.scores_prompt):
                 self._waiting.pop()
@@ -211,10 +215,55 @@ class Scheduler:
             budget -= rows
             scored_budget -= rows if first.scores_prompt else 0
         if not scheduled:
-            if self._waiting or self._running:
+            if (self._waiting or self._running) and not self._is_ahead:
                 raise AssertionError("work is left but nothing can be scheduled")
             return None
         return StepPlan(scheduled, self.config.max_num_batched_tokens - budget)
+
+    def foresees(self, plan: StepPlan) -> bool:
+        """Whether the step after `plan` can be scheduled before `plan` is committed.
+
+        Every sequence must go on by the argmax of its row, which the device knows without the host, and nothing may
+        depend on which token that is, as a draft does. A request that needs logits and could have a slot is waited for.
+        """
+        if self.proposer is not None and self.proposer.is_worthwhile(len(self._running)):
+            return False
+        if any(seq.needs_logits for seq in self._running.values()):
+            return False
+        if any(entry.draft_token_ids for entry in plan.sequences):
+            return False
+        first = self._waiting.head() if len(self._running) < self.config.max_num_seqs else None
+        return first is None or not first.needs_logits
+
+    @contextmanager
+    def as_if_committed(self, plan: StepPlan, first_rows: list[int]) -> Iterator[None]:
+        """Within the block sequences stand as if `plan`, which runs and is foreseen, were committed.
+
+        first_rows: as in `StepResult`. A token that is not known yet is -1 - r, chosen by row r of the step that runs.
+        Sequences that reach their length are out; their blocks are not free before `commit`.
+        """
+        rows = zip(plan.sequences, first_rows, strict=True)
+        going = [(entry, row) for entry, row in rows if entry.seq.status is SequenceStatus.RUNNING]
+        ending: list[Sequence] = []
+        for entry, row in going:
+            seq = entry.seq
+            seq.num_computed_tokens += entry.num_tokens
+            if entry.num_logits:
+                forced = seq.forced_tokens
+                seq.token_ids.append(-1 - row if forced is None else forced[seq.num_output_tokens])
+                if len(seq.token_ids) == seq.max_total_tokens:
+                    del self._running[seq.request.request_id]
+                    ending.append(seq)
+        self._is_ahead = True
+        try:
+            yield
+        finally:
+            self._is_ahead = False
+            self._running.update((seq.request.request_id, seq) for seq in ending)
+            for entry, _ in going:
+                entry.seq.num_computed_tokens -= entry.num_tokens
+                if entry.num_logits:
+                    entry.seq.token_ids.pop()
 
     def _add_drafts(self, proposer: Proposer, scheduled: list[ScheduledSequence], budget: int) -> int:
         """Extend decode rows by drafts; returns the rows that took."""
@@ -347,7 +396,7 @@ class Scheduler:
             seq.num_registered_blocks = i + 1
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless slots, blocks and counters of all sequences add up."""
+        """Raise AssertionError unless slots, blocks and counters of all sequences add up, as they do after `commit`."""
         self.blocks.check_integrity([seq.block_ids for seq in self._running.values()])
         if len(self._running) > self.config.max_num_seqs:
             raise AssertionError(f"{len(self._running)} sequences run in {self.config.max_num_seqs} slots")

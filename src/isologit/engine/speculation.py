@@ -23,6 +23,9 @@ RowCost = Callable[[int], float]
 class Proposer(Protocol):
     """What the scheduler needs of a proposer."""
 
+    def is_worthwhile(self, num_sequences: int) -> bool:
+        """Whether a draft could be worth its rows in a step of so many sequences; if not, `propose` has none."""
+
     def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
         """Drafts for what follows each sequence that has a row in the next step, empty where none is worth a row.
 
@@ -120,6 +123,10 @@ class NGramProposer:
         self._sizes = range(min_ngram, max_ngram + 1)
         self._lengths = DraftLengths(max_draft)
         self._indices: dict[str, _Index] = {}
+
+    def is_worthwhile(self, num_sequences: int) -> bool:
+        """Whether one more row costs less than a token does now."""
+        return self._row_cost(num_sequences) < 1.0
 
     def propose(self, wanted: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
         """Drafts by prompt lookup; the time it takes is proportional to the tokens gained since the last call."""

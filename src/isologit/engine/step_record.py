@@ -24,7 +24,8 @@ class Moments(NamedTuple):
 class StepRecord:
     """What one step did and how long its parts took, in seconds; `start_s` and `end_s` count from the start of the run.
 
-    execute_s: building the batch and the model's step. sample_s: choosing tokens beyond the model's own argmax.
+    schedule_s, execute_s: scheduling; building the batch and the model's step. Where steps overlap, that is scheduling
+    and building the next step, and waiting for this one. sample_s: choosing tokens beyond the model's own argmax.
     capture_s: text, and keeping what the request asked for; the rows that are captured are made in a product, which is
     the model's time.
     """

@@ -54,8 +54,9 @@ def test_greedy_texts_and_all_logits(model: Model, llm: LLM) -> None:
         {"max_num_seqs": 8, "enable_prefix_caching": True},
         {"max_num_seqs": 3, "max_num_batched_tokens": 5, "enable_prefix_caching": True},
         {"max_num_seqs": 12, "speculative_config": {"num_speculative_tokens": 4}},
+        {"max_num_seqs": 4, "speculative_config": None},  # steps overlap, where the backend can
     ],
-    ids=["prefix-reuse", "chunked-prefill", "speculation"],
+    ids=["prefix-reuse", "chunked-prefill", "speculation", "overlap"],
 )
 def test_texts_do_not_depend_on_the_options(model: Model, llm: LLM, backend_name: str, options: dict[str, Any]) -> None:
     plain = run(llm, requests())

@@ -88,6 +88,29 @@ def test_project_gives_the_logits_again(backend: Backend) -> None:
     assert np.abs(again - logits[[29, 3, 11]]).max() < tolerance(backend.describe())
 
 
+def test_tokens_that_the_last_step_chooses(model: Model, backend: Backend) -> None:
+    """Each step is started before the last one is read, with tokens that only the device knows."""
+    if not backend.overlaps_steps:
+        pytest.skip("the backend's steps do not overlap")
+    prompts = tokens(20, 3), tokens(9, 4)
+    own_a, own_b = blocks(backend, 32), blocks(backend, 32, 8)
+    steps: list[list[Part]] = [
+        [(prompts[0], 0, own_a), (prompts[1], 0, own_b)],
+        [([-2], 9, own_b), ([-1], 20, own_a)],  # what rows 1 and 0 of the step before chose
+        [([-2], 21, own_a), ([-1], 10, own_b)],
+    ]
+    batches = [make_batch(step, backend.block_size, num_logits=(1, 1), wanted=False) for step in steps]
+    first, second = backend.forward(batches[0]), backend.forward(batches[1])
+    chosen = [first.argmax.tolist()]
+    logits = backend.project(first.final.copy())  # while the second step runs, whose results stay
+    third = backend.forward(batches[2])
+    chosen += [second.argmax.tolist()[::-1], third.argmax.tolist()]
+    assert np.abs(logits - [model.rows(prompt)[-1] for prompt in prompts]).max() < tolerance(backend.describe())
+    for i, prompt in enumerate(prompts):
+        said = [tokens_of_step[i] for tokens_of_step in chosen]
+        assert said == model.rows([*prompt, *said])[len(prompt) - 1 : -1].argmax(1).tolist()
+
+
 def test_log_normalisers(backend: Backend) -> None:
     output = backend.forward(make_batch([(tokens(12, 7), 0, blocks(backend, 12))], backend.block_size))
     want = torch.from_numpy(output.logits.copy()).double().logsumexp(-1).numpy()

@@ -51,6 +51,17 @@ def test_argmax_of_not_a_number_is_minus_one() -> None:
     assert argmax(logits).tolist() == [int(logits[0].argmax()), -1, int(logits[2].argmax())]
 
 
+@needs_kernels
+def test_tokens_that_the_last_step_chose_take_the_place_of_their_rows() -> None:
+    from isologit.backends.cuda import kernels
+    from isologit.backends.cuda.providers import _DEVICE
+
+    tokens = torch.tensor([5, -1, -3, 0, -2, 7, 9], dtype=torch.int32, device=_DEVICE)
+    chosen = torch.tensor([40, -1, 60], dtype=torch.int32, device=_DEVICE)  # the second row was NaN
+    kernels.take_chosen[(2,)](tokens, chosen, 6, BLOCK=4)
+    assert tokens.tolist() == [5, 40, 60, 0, 0, 7, 9]
+
+
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 300, 2048, 2049])
 def test_every_step_has_a_bucket_and_every_product_a_tile(rows: int) -> None:
     bucket = bucket_of(rows)

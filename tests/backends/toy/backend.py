@@ -19,6 +19,7 @@ class ToyBackend:
     """Everything in float32, one sequence at a time."""
 
     name: ClassVar[str] = "toy"
+    overlaps_steps: ClassVar[bool] = False
     block_size = 4
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:

@@ -65,6 +65,7 @@ class CPUBackend:
     """
 
     name: ClassVar[str] = "cpu"
+    overlaps_steps: ClassVar[bool] = False
     block_size = PANEL_WIDTH
 
     def __init__(

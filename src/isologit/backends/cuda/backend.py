@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, ClassVar
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import psutil
@@ -42,11 +43,23 @@ def _buffer_rows(num_tokens: int) -> int:
     return max(_LEAST_BUFFER_ROWS, bucket_of(num_tokens))
 
 
+class Results(NamedTuple):
+    """Where a step's results are kept while the next one runs; there are two, in turn.
+
+    chosen: int32 [T], in pinned memory. final: float32 [T, hidden]. over: the event after which both are there; None
+    under the interpreter.
+    """
+
+    chosen: torch.Tensor
+    final: torch.Tensor
+    over: Any
+
+
 class DeviceOutput:
     """A step's results on the device; reading one waits for the step and copies it."""
 
-    def __init__(self, backend: CUDABackend, chosen: torch.Tensor, wanted: np.ndarray) -> None:
-        self._backend, self._chosen, self._wanted = backend, chosen, wanted
+    def __init__(self, backend: CUDABackend, results: Results, wanted: np.ndarray) -> None:
+        self._backend, self._results, self._wanted = backend, results, wanted
         self._argmax: np.ndarray | None = None
         self._final: np.ndarray | None = None
         self._logits: np.ndarray | None = None
@@ -55,15 +68,15 @@ class DeviceOutput:
     def argmax(self) -> np.ndarray:
         """int64 [R]."""
         if self._argmax is None:
-            self._backend.wait()
-            self._argmax = self._chosen[: len(self._wanted)].numpy().astype(np.int64)
+            self._backend.wait(self._results)
+            self._argmax = self._results.chosen[: len(self._wanted)].numpy().astype(np.int64)
         return self._argmax
 
     @property
     def final(self) -> np.ndarray:
         """float32 [R, hidden]."""
         if self._final is None:
-            self._final = self._backend.fetch("final", slice(0, len(self._wanted)))
+            self._final = self._backend.fetch_final(self._results, len(self._wanted))
         return self._final
 
     @property
@@ -78,6 +91,7 @@ class CUDABackend:
     """LLaMA with float16 weights, activations in two float16 terms, and keys and values in float16 and FP8."""
 
     name: ClassVar[str] = "cuda"
+    overlaps_steps: ClassVar[bool] = True
     block_size = BLOCK_SIZE
 
     @classmethod
@@ -134,13 +148,18 @@ class CUDABackend:
         self._kv_bounded = options.kv_cache_memory_bytes is not None
         self._model = Llama(self.config, checkpoint.tensors, self.device, options.max_model_len)
         self._tile_tokens = tile_tokens(self.config)
-        self._copied: Any = None if self._interpret else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied: Any = self._event()
+        # NOTE: results are copied beside the steps' own stream, where a copy would wait for the step that runs ahead.
+        self._beside: Any = None if self._interpret else torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._cache: KVCache | None = None
         self._rows, self._num_blocks, self._seconds = 0, 0, 0.0
         self.allocate_kv(0)
         self.reserve(1)
+
+    def _event(self) -> Any:
+        return None if self._interpret else torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     @classmethod
     def product_rate(cls, num_threads: int) -> float | None:
@@ -158,6 +177,7 @@ class CUDABackend:
         if self._cache is not None and num_blocks <= self._num_blocks:
             return
         c = self.config
+        self._settle()
         self._graphs.clear()
         self._cache = None  # the old memory goes before the new comes
         if num_blocks and not self._interpret and not self._kv_bounded:
@@ -173,6 +193,7 @@ class CUDABackend:
         if _buffer_rows(num_tokens) <= self._rows:
             return
         self._rows = _buffer_rows(num_tokens)
+        self._settle()
         self._graphs.clear()
         self._model.reserve(self._rows)
         blocks_each = -(-self._max_model_len // BLOCK_SIZE)
@@ -180,7 +201,10 @@ class CUDABackend:
         pinned = self.device.type == "cuda"
         self._packed = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
         self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
-        self._chosen = torch.zeros(self._rows, dtype=torch.int32, pin_memory=pinned)
+        self._results = [
+            Results(torch.zeros(self._rows, dtype=torch.int32, pin_memory=pinned), kept, self._event())
+            for kept in self._model.buffers["kept"]
+        ]
         self._capture()
 
     def _step_inputs(self, rows: int) -> StepInputs:
@@ -198,11 +222,11 @@ class CUDABackend:
             return
         assert self._cache is not None
         self._inputs.zero_()
-        torch.cuda.synchronize(self.device)
+        self._settle()
         for rows in reversed([bucket for bucket in BUCKETS if bucket <= self._rows]):
             step = self._step_inputs(rows)
             self._model.launch(step, rows, self._cache)  # compiles what is not compiled yet
-            torch.cuda.synchronize(self.device)
+            self._settle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 self._model.launch(step, rows, self._cache)
@@ -225,9 +249,14 @@ class CUDABackend:
             graph.replay()
         else:
             self._model.launch(self._step_inputs(rows), rows, self._cache)
-        self._chosen[:rows].copy_(self._model.buffers["chosen"][:rows], non_blocking=True)
+        results, buffers, wanted = self._results[0], self._model.buffers, len(batch.logits_rows)
+        self._results.reverse()
+        results.final[:wanted].copy_(buffers["final"][:wanted])
+        results.chosen[:wanted].copy_(buffers["chosen"][:wanted], non_blocking=True)
+        if results.over is not None:
+            results.over.record()
         self._seconds += time.perf_counter() - start
-        return DeviceOutput(self, self._chosen, batch.logits_wanted)
+        return DeviceOutput(self, results, batch.logits_wanted)
 
     def _pack(self, batch: FlatBatch, rows: int) -> int:
         """The step's integers into pinned memory; returns how many."""
@@ -255,12 +284,24 @@ class CUDABackend:
         packed[first:size].reshape(len(counts), width)[...] = batch.block_tables[batch.table_rows, :width]
         return size
 
-    def wait(self) -> None:
+    def _settle(self) -> None:
         """Until all that was started is over."""
-        start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def wait(self, results: Results) -> None:
+        """Until the step with these results is over; the one behind it may still run."""
+        start = time.perf_counter()
+        if results.over is not None:
+            results.over.synchronize()
         self._seconds += time.perf_counter() - start
+
+    def fetch_final(self, results: Results, count: int) -> np.ndarray:
+        """The first rows of what a step's LM head read, float32 [count, hidden]."""
+        self.wait(results)
+        with nullcontext() if self._beside is None else torch.cuda.stream(self._beside):
+            fetched: np.ndarray = results.final[:count].cpu().numpy()
+        return fetched
 
     def fetch(self, name: str, rows: Any) -> np.ndarray:
         """Rows of a buffer of the last step, float32 [n, features]."""
@@ -329,6 +370,7 @@ class CUDABackend:
 
     def close(self) -> None:
         """Free the device's memory."""
+        self._settle()
         self._graphs.clear()
         del self._model, self._cache
         if self.device.type == "cuda":

@@ -26,6 +26,15 @@ def _store_pair(pointer, low_offset, x, mask):
 
 
 @triton.jit
+def take_chosen(tokens, chosen, count, BLOCK: tl.constexpr):
+    """Put what the last step chose where a token id stands for it: -1 - r becomes `chosen[r]`, or 0 if that is -1."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + row, mask=row < count, other=0)
+    known = tl.load(chosen - 1 - token, mask=token < 0, other=0)
+    tl.store(tokens + row, tl.where(token < 0, tl.maximum(known, 0), token), mask=row < count)
+
+
+@triton.jit
 def linear(
     pair, low_row, scales, weight, out, num_rows, out_features, in_features,
     SCALED: tl.constexpr, K_SPLITS: tl.constexpr,

@@ -57,8 +57,9 @@ class KVCache(NamedTuple):
 class StepInputs(NamedTuple):
     """What a step computes, int32 on the device.
 
-    tokens, positions, slots, rows: [T]; `rows` are the rows whose logits are made. tiles: [T, 4], see
-    `kernels.attention`. num_tiles, table_width: [1]. tables: block ids, [sequences, table_width].
+    tokens, positions, slots, rows: [T]; `rows` are the rows whose logits are made, a negative token is one that the
+    last step chose, see `kernels.take_chosen`. tiles: [T, 4], see `kernels.attention`. num_tiles, table_width: [1].
+    tables: block ids, [sequences, table_width].
     """
 
     num_tiles: Tensor
@@ -145,6 +146,7 @@ class Llama:
         """All kernels of a step of `num_rows` rows, a bucket: fills "final", "logits" and "chosen"."""
         c, buffers = self.config, self.buffers
         parts = buffers["parts"]
+        kernels.take_chosen[(triton.cdiv(num_rows, 256),)](step.tokens, buffers["chosen"], num_rows, BLOCK=256)
         bias, num_parts = None, 0
         for i, layer in enumerate(self.layers):
             if i == 0:
@@ -166,14 +168,12 @@ class Llama:
             bias, num_parts = layer.down.bias, K_SPLITS
         self._add_norm(parts, step.rows, "final", num_rows, num_parts, bias, self.norm)
         self.launch_head(num_rows)
+        logits = buffers["logits"]
+        kernels.argmax[(num_rows,)](logits, logits.shape[1], c.vocab_size, buffers["chosen"], BLOCK=4096, num_warps=8)
 
     def launch_head(self, num_rows: int) -> None:
-        """Logits, and the index of the largest, of the rows in "normed"."""
-        logits = self.buffers["logits"]
+        """Logits of the rows in "normed"."""
         self._linear("normed", self.head, "logits", num_rows)
-        kernels.argmax[(num_rows,)](
-            logits, logits.shape[1], self.config.vocab_size, self.buffers["chosen"], BLOCK=4096, num_warps=8
-        )
 
     def split_final(self, num_rows: int) -> None:
         """The rows in "final" as the pair that the head reads."""

@@ -82,6 +82,7 @@ def buffer_shapes(config: ModelConfig, num_rows: int) -> Shapes:
         "gated": ((2, t, padded(c.intermediate_size)), float16),
         "scales": ((t,), float32),
         "final": ((t, c.hidden_size), float32),
+        "kept": ((2, t, c.hidden_size), float32),  # "final" of the last two steps
         "logits": ((t, sizes["head"][0]), float32),
         "chosen": ((t,), torch.int32),
     }

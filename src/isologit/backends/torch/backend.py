@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from isologit.backends.base import LoadOptions, Memory
-from isologit.backends.batch import FlatBatch, ReadyOutput, StepOutput
+from isologit.backends.batch import FlatBatch, StepOutput
 from isologit.backends.torch.model import Group, KVCache, Llama
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.checkpoints.stored import expected_shapes
@@ -31,10 +33,33 @@ def choose_device(device: str) -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
+class DeviceOutput:
+    """A step's results on the device; reading one waits for all that was started there, and copies it."""
+
+    def __init__(self, backend: TorchBackend, chosen: Tensor, final: Tensor, wanted: Tensor) -> None:
+        self._backend, self._chosen, self._final, self._wanted = backend, chosen, final, wanted
+
+    @cached_property
+    def argmax(self) -> np.ndarray:
+        """int64 [R]."""
+        return self._backend.fetch(self._chosen)
+
+    @cached_property
+    def final(self) -> np.ndarray:
+        """float32 [R, hidden]."""
+        return self._backend.fetch(self._final)
+
+    @cached_property
+    def logits(self) -> np.ndarray:
+        """float32 [W, vocab]."""
+        return self._backend.fetch(self._wanted)
+
+
 class TorchBackend:
     """LLaMA in eager torch, float32 throughout. Its products are the library's, whose rounding depends on the batch."""
 
     name: ClassVar[str] = "torch"
+    overlaps_steps: ClassVar[bool] = True
     block_size = _BLOCK_SIZE
 
     @classmethod
@@ -69,6 +94,7 @@ class TorchBackend:
         self._num_threads = options.num_threads
         self._model = Llama(self.config, _read(checkpoint, self.device, options), self.device)
         self._num_tokens, self._seconds = 1, 0.0
+        self._chosen = torch.zeros(1, dtype=torch.int64, device=self.device)  # by the last step, [R]
         self.allocate_kv(0)
 
     @classmethod
@@ -108,11 +134,20 @@ class TorchBackend:
                 torch.from_numpy(array).to(self.device)
                 for array in (batch.token_ids, batch.positions, batch.slots, batch.logits_rows)
             )
+            if batch.token_ids.min() < 0:
+                said = self._chosen[(-1 - tokens).clamp_min(0)].clamp_min(0)
+                tokens = torch.where(tokens < 0, said, tokens)
             final = self._model.forward(tokens, positions, slots, self._groups(batch), self._cache, rows)
             logits = self._model.logits(final)  # [R, vocab]
-            chosen = torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
+            chosen = self._chosen = torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
             wanted = logits[torch.from_numpy(batch.logits_wanted).to(self.device)]
-            return ReadyOutput(chosen.cpu().numpy(), final.cpu().numpy(), wanted.cpu().numpy())
+        return DeviceOutput(self, chosen, final, wanted)
+
+    def fetch(self, tensor: Tensor) -> np.ndarray:
+        """A tensor of a step as an array, when the step is over."""
+        with self._running():
+            array: np.ndarray = tensor.cpu().numpy()
+        return array
 
     def _groups(self, batch: FlatBatch) -> list[Group]:
         """Sequences by their number of tokens."""
