@@ -6,8 +6,9 @@
 
 Every case, offline or a dialect with whole answers or streams, runs once a repeat, in processes of its own and with the
 same options. Repeats begin at another case each, so that a machine that slows down slows no case more than another.
-Clocks start after loading and warming up: offline from the first request given to the engine to the last output, over
-HTTP from the first byte sent to the last byte received. The client runs on the same cores as the server, so its own
+Clocks start after loading, warming up and one short request that is not measured: offline from the first request given
+to the engine to the last output, over HTTP from the first byte sent to the last byte received. All must give the same
+texts. The client runs on the same cores as the server, so its own
 cost is part of what is measured. On the built-in model a step takes about a millisecond, so HTTP weighs most there.
 Bar: 5 % added.
 """
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,18 +36,20 @@ from isologit.bench.dialects import DIALECTS, LoadRequest
 from isologit.bench.streams import MessageStream
 from isologit.common.environment import describe_environment
 from isologit.common.files import write_json
-from isologit.common.processes import server_process
+from isologit.common.processes import ServerProcess, server_process
 from isologit.workload import builtin_requests
 
 RESULTS = Path(__file__).parent / "results"
 BAR = 0.05
 MODEL = "llama2"
 Case = tuple[str, str]  # dialect, and "whole" or "stream"
+Run = Mapping[str, Any]  # seconds, processor seconds, output tokens and the hash of all texts
 WHOLE = {"openai": "/v1/completions", "tgi": "/generate", "llm-serving": f"/models/{MODEL}/generate"}
+WARM_UP = LoadRequest("warm-up", "Hello", None, None, 2)
 
 
-def run_offline(asked: argparse.Namespace) -> dict[str, float]:
-    """In this process: seconds, processor seconds, output tokens and steps."""
+def run_offline(asked: argparse.Namespace) -> Run:
+    """In this process; also the number of steps."""
     from isologit import LLM, GenerationRequest, SamplingParams
     from isologit.workload import demo_model_path
 
@@ -56,78 +61,95 @@ def run_offline(asked: argparse.Namespace) -> dict[str, float]:
         speculative_config=None,
     )
     assert llm.tokenizer is not None
-    requests = [
+    warm_up, *requests = [
         GenerationRequest(spec.id, llm.tokenizer.encode(spec.prompt or ""), SamplingParams(spec.max_new_tokens))
-        for spec in builtin_requests(asked.requests)
+        for spec in [WARM_UP, *builtin_requests(asked.requests)]
     ]
     llm.warm_up()
+    list(llm.run([warm_up]))
     start, cpu = time.perf_counter(), time.process_time()
-    tokens = sum(len(output.token_ids) for output in llm.run(requests))
+    outputs = list(llm.run(requests))
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    texts = {output.request_id: output.text for output in outputs}
     found = {
-        "seconds": time.perf_counter() - start,
-        "cpu_s": time.process_time() - cpu,
-        "output_tokens": tokens,
+        "seconds": seconds,
+        "cpu_s": cpu_s,
+        "output_tokens": sum(len(output.token_ids) for output in outputs),
+        "texts_sha256": texts_sha256([texts[request.request_id] for request in requests]),
         "steps": len(llm.step_records),
     }
     llm.close()
     return found
 
 
-async def over_http(url: str, requests: list[LoadRequest], backend: str, streams: bool) -> dict[str, float]:
-    """All requests at once: seconds, output tokens as the server counts them, and this client's own processor time."""
-    dialect = DIALECTS[backend]
-    bodies = []
-    for request in requests:
-        body = dialect.body(request, MODEL, False)
-        if not streams:
-            body = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
-        bodies.append(json.dumps(body).encode())
-    path = dialect.endpoint.format(model=MODEL) if streams else WHOLE[backend]
-    tokens = 0
+def texts_sha256(texts: Sequence[str]) -> str:
+    """Of all texts in the order of the requests."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
-    async def one(session: aiohttp.ClientSession, body: bytes) -> None:
-        nonlocal tokens
+
+def read_answer(content: bytes, backend: str, streams: bool) -> tuple[str, int]:
+    """The text of an answer, whole or all of a stream, and its output tokens as the server counts them."""
+    if streams:
+        stream = MessageStream(DIALECTS[backend].read)
+        messages = [*stream.feed(content), *stream.finish()]
+        if errors := [message.error for message in messages if message.error is not None]:
+            raise SystemExit(errors[0])
+        pieces = "".join(message.text for message in messages)
+        wholes = [message.full_text for message in messages if message.full_text is not None]
+        return wholes[-1] if wholes else pieces, max(message.num_tokens or 0 for message in messages)
+    found = json.loads(content)
+    if "usage" in found:
+        return found["choices"][0]["text"], found["usage"]["completion_tokens"]
+    return found["generated_text"], (found.get("details") or found)["generated_tokens"]
+
+
+async def over_http(server: ServerProcess, requests: Sequence[LoadRequest], backend: str, streams: bool) -> Run:
+    """All requests at once; processor time of server and client apart. Answers are read when the clock has stopped."""
+    dialect = DIALECTS[backend]
+    path = dialect.endpoint.format(model=MODEL) if streams else WHOLE[backend]
+
+    def body(request: LoadRequest) -> bytes:
+        found = dialect.body(request, MODEL, False)
+        left_out = () if streams else ("stream", "stream_options")
+        return json.dumps({key: value for key, value in found.items() if key not in left_out}).encode()
+
+    async def one(session: aiohttp.ClientSession, body: bytes) -> bytes:
         async with session.post(path, data=body, headers={"content-type": "application/json"}) as response:
             content = await response.read()
             if response.status != 200:
                 raise SystemExit(f"status {response.status}: {content[:200]!r}")
-        if streams:
-            messages = MessageStream(dialect.read).feed(content)
-            tokens += max(message.num_tokens or 0 for message in messages)
-            return
-        found = json.loads(content)
-        if "usage" in found:
-            tokens += found["usage"]["completion_tokens"]
-        else:
-            tokens += (found.get("details") or found)["generated_tokens"]
+        return content
 
+    bodies = [body(request) for request in requests]
     timeout = aiohttp.ClientTimeout(total=3600)
-    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-        start, cpu = time.perf_counter(), time.process_time()
-        await asyncio.gather(*[one(session, body) for body in bodies])
-        return {
-            "seconds": time.perf_counter() - start,
-            "output_tokens": tokens,
-            "client_cpu_s": time.process_time() - cpu,
-        }
+    async with aiohttp.ClientSession(server.url, connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        await one(session, body(WARM_UP))
+        process = psutil.Process(server.pid)
+        before, start, cpu = process.cpu_times(), time.perf_counter(), time.process_time()
+        contents = await asyncio.gather(*[one(session, body) for body in bodies])
+        seconds, client_cpu_s, after = time.perf_counter() - start, time.process_time() - cpu, process.cpu_times()
+    answers = [read_answer(content, backend, streams) for content in contents]
+    return {
+        "seconds": seconds,
+        "output_tokens": sum(tokens for _, tokens in answers),
+        "texts_sha256": texts_sha256([text for text, _ in answers]),
+        "client_cpu_s": client_cpu_s,
+        "server_cpu_s": after.user + after.system - before.user - before.system,
+    }
 
 
-def run_served(asked: argparse.Namespace, requests: list[LoadRequest], backend: str, way: str) -> dict[str, float]:
-    """A server of its own, and all requests at it; also the processor time that it took for them."""
+def run_served(asked: argparse.Namespace, requests: list[LoadRequest], backend: str, way: str) -> Run:
+    """A server of its own, and all requests at it."""
     command = [sys.executable, "-m", "isologit", "serve", "--port", "0", *_model_options(asked)]
     with server_process([*command, "--speculative-tokens", "0"]) as server:
-        process = psutil.Process(server.pid)
-        before = process.cpu_times()
-        found = asyncio.run(over_http(server.url, requests, backend, way == "stream"))
-        after = process.cpu_times()
-    return {**found, "server_cpu_s": after.user + after.system - before.user - before.system}
+        return asyncio.run(over_http(server, requests, backend, way == "stream"))
 
 
-def run_offline_apart(asked: argparse.Namespace) -> dict[str, float]:
+def run_offline_apart(asked: argparse.Namespace) -> Run:
     """`run_offline` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.serving_overhead", "--offline", *_model_options(asked)]
     done = subprocess.run([*command, "--requests", str(asked.requests)], stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: Run = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -137,7 +159,7 @@ def _model_options(asked: argparse.Namespace) -> list[str]:
     return options + (["--tokenizer", asked.tokenizer] if asked.tokenizer else [])
 
 
-def summarise(case: Case, runs: list[dict[str, float]], offline_runs: list[dict[str, float]]) -> dict[str, Any]:
+def summarise(case: Case, runs: list[Run], offline_runs: list[Run]) -> dict[str, Any]:
     """One case beside the offline runs; processor seconds are of server and client together."""
     over, base = (statistics.median(run["seconds"] for run in found) for found in (runs, offline_runs))
     cpu = statistics.median(run["server_cpu_s"] + run["client_cpu_s"] for run in runs)
@@ -150,9 +172,26 @@ def summarise(case: Case, runs: list[dict[str, float]], offline_runs: list[dict[
         "cpu_s": round(cpu, 3),
         "cpu_ratio": round(cpu / base_cpu, 4),
         "within_bar": over <= base * (1 + BAR),
-        "equal_output_tokens": len({run["output_tokens"] for run in runs + offline_runs}) == 1,
+        "equal_answers": len({(run["output_tokens"], run["texts_sha256"]) for run in runs + offline_runs}) == 1,
         "runs": runs,
     }
+
+
+def table(result: Mapping[str, Any]) -> list[str]:
+    """The medians in Markdown."""
+    offline = result["offline"]
+    lines = [
+        "| | seconds | added | processor seconds | added |",
+        "|---|---|---|---|---|",
+        f"| offline | {offline['seconds']:.2f} | | {offline['cpu_s']:.1f} | |",
+    ]
+    for case in result["cases"]:
+        time_added, cpu_added = (100 * (case[name] - 1) for name in ("ratio", "cpu_ratio"))
+        name = f"{case['backend']}, {'streams' if case['way'] == 'stream' else 'whole answers'}"
+        name += "" if case["equal_answers"] else ": other answers than offline, so NOT comparable"
+        figures = f"{case['seconds']:.2f} | {time_added:+.1f} % | {case['cpu_s']:.1f} | {cpu_added:+.1f} %"
+        lines.append(f"| {name} | {figures} |")
+    return lines
 
 
 def main() -> None:
@@ -176,7 +215,7 @@ def main() -> None:
         LoadRequest(spec.id, spec.prompt, None, None, spec.max_new_tokens) for spec in builtin_requests(asked.requests)
     ]
     cases = [(backend, way) for backend in asked.backends for way in asked.ways]
-    runs: dict[Case | None, list[dict[str, float]]] = {case: [] for case in (None, *cases)}
+    runs: dict[Case | None, list[Run]] = {case: [] for case in (None, *cases)}
     order = list(runs)  # None is offline
     for repeat in range(asked.repeats):
         turn = repeat % len(order)
@@ -206,14 +245,7 @@ def main() -> None:
     }
     output = asked.output or RESULTS / f"serving-overhead-{asked.model or 'demo'}.json"
     write_json(output, result)
-    print(f"offline {result['offline']['seconds']:.2f} s, {result['offline']['cpu_s']:.2f} s of processor")
-    for case in result["cases"]:
-        time_added, cpu_added = (100 * (case[name] - 1) for name in ("ratio", "cpu_ratio"))
-        differ = "" if case["equal_output_tokens"] else "; output tokens DIFFER from the offline run's"
-        print(
-            f"{case['backend']:<12} {case['way']:<7} {case['seconds']:.2f} s: {time_added:+.1f} % of time (bar "
-            f"+{100 * BAR:.0f} %), {cpu_added:+.1f} % of processor{differ}"
-        )
+    print("\n".join(table(result)))
     print(output)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -17,7 +18,7 @@ from tests.judge.small_round import practice
 from isologit.judge import verify
 from isologit.judge.board import read_board
 from isologit.judge.database import Database, RoundRow, VerdictRow
-from isologit.judge.pack import HASHES_FILE, ROUND_FILE, unpack, write_pack
+from isologit.judge.pack import HASHES_FILE, ROUND_FILE, PackError, unpack, write_pack
 from isologit.judge.pages import board_page
 from isologit.judge.panel import PanelError, medals, record_points
 from isologit.judge.round import Judge
@@ -45,6 +46,20 @@ def _one_reference() -> Iterator[None]:
 def unpacked(packed: Path, tmp_path: Path) -> Path:
     unpack(packed, tmp_path / "pack")
     return tmp_path / "pack"
+
+
+def test_a_pack_that_cannot_be_written_is_one_error_and_no_file(finished_round: Round, tmp_path: Path) -> None:
+    folder, round_id = finished_round
+    with pytest.raises(PackError, match=r"none/round.zip: cannot be written \(No such file"):
+        write_pack(Database(folder), round_id, tmp_path / "none" / "round.zip")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(PackError, match=r"round.zip: cannot be written \(File too large\)"):
+            write_pack(Database(folder), round_id, tmp_path / "round.zip")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_untouched_pack_agrees(packed: Path) -> None:

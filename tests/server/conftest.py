@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from isologit import LLM
+from isologit.common.listening import bind
 from isologit.server.options import ServerOptions
-from isologit.server.run import Server, bind, make_service
+from isologit.server.run import Server, make_service
 from isologit.server.service import Service
 
 NAME = "demo"

@@ -240,3 +240,12 @@ def test_wrong_questions_about_tokens_are_refused(http: httpx.Client, path: str,
     answer = http.post(path, json=wrong)
     assert 400 <= answer.status_code < 500
     assert reason(answer)
+
+
+def test_head_is_answered_as_get_without_the_body(http: httpx.Client) -> None:
+    for path in ("/health", "/ping", "/info", "/v1/models", "/metrics"):
+        head, get = http.head(path), http.get(path)
+        assert head.status_code == get.status_code == 200
+        assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert http.head("/generate").status_code == 405

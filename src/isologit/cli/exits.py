@@ -14,7 +14,11 @@ from typing import NoReturn
 
 from isologit.errors import IsologitError
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full; make room",
+    errno.EDQUOT: "the disk quota is used up; make room",
+    errno.EFBIG: "a file became larger than may be (ulimit -f); raise the limit",
+}
 
 
 class Exit(IntEnum):
@@ -41,8 +45,8 @@ def reporting_errors(*, as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         leave(Exit.INTERRUPTED, "interrupted", as_json=as_json)
     except (Exception, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno in _FULL_DISK:
-            line = "error: the disk is full; make room, then run the same command again"
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            line = f"error: {_NO_ROOM[error.errno]}, then run the same command again"
             leave(Exit.USER_ERROR, line, as_json=as_json)
         import traceback
 

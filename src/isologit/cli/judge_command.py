@@ -124,8 +124,7 @@ def web(
         from isologit.judge.database import Database
         from isologit.judge.web import serve
 
-        print(f"http://{host}:{port}/", file=sys.stderr)
-        serve(Database(folder), host, port)
+        serve(Database(folder), host, port, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 @judge_app.command("pack")

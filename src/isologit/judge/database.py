@@ -16,7 +16,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import JSON, ForeignKey, String, UniqueConstraint, create_engine, event
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 
 from isologit.errors import UserError
@@ -121,13 +121,17 @@ class Database:
         file = folder / DATABASE_FILE
         if not create and not file.is_file():
             raise DatabaseError(f"{folder}: no {DATABASE_FILE} in it; a judge's folder is made by: isologit judge run")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DatabaseError(f"{folder}: cannot be made a folder ({error.strerror}); choose another") from None
         self.folder = folder
         self._engine = _engine(file)
         try:
             _migrate(file)
         except Exception as error:
-            raise DatabaseError(f"{file}: cannot be opened ({' '.join(str(error).split())[:200]})") from error
+            said = error.orig if isinstance(error, DBAPIError) else error
+            raise DatabaseError(f"{file}: cannot be opened ({' '.join(str(said).split())[:200]})") from error
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
 
     @contextmanager

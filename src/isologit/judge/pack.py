@@ -31,7 +31,7 @@ class PackError(UserError):
 
 
 def write_pack(database: Database, round_id: str, target: Path) -> Path:
-    """Zip a finished round. Raises PackError while it runs, OSError when the file cannot be written."""
+    """Zip a finished round. Raises PackError while it runs, or when the file cannot be written."""
     board = read_board(database, round_id)
     if board.state != "finished":
         raise PackError(f"{round_id}: the round is not finished; its seed is still secret")
@@ -80,7 +80,10 @@ def write_pack(database: Database, round_id: str, target: Path) -> Path:
                     sums.append(f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {name}\n")
             archive.writestr(HASHES_FILE, "".join(sums))
 
-    write_atomically(target, write)
+    try:
+        write_atomically(target, write)
+    except OSError as error:
+        raise PackError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
     return target
 
 
@@ -107,7 +110,9 @@ def unpack(pack: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(info) as source, target.open("xb") as out:
                     shutil.copyfileobj(source, out)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except OSError as error:
+        raise PackError(f"{pack}: cannot be unpacked ({error.strerror})") from None
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise PackError(f"{pack}: cannot be unpacked ({' '.join(str(error).split())})") from None
 
 

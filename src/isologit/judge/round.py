@@ -65,8 +65,8 @@ class Judge:
     """A judge's folder. model: weights, tokenizer and reference are read from there, never from an entry."""
 
     def __init__(self, folder: Path, watch: Watcher | None = None) -> None:
-        self.folder = folder
-        self.database = Database(folder, create=True)
+        self.folder = folder.resolve()  # entries run in folders of their own
+        self.database = Database(self.folder, create=True)
         self._watch = watch or (lambda progress: None)
 
     # -- beginning ------------------------------------------------------------------------------------------------
@@ -398,8 +398,13 @@ class Judge:
 
 
 def model_folder(profile: Profile, model: Path | None) -> Path:
-    """The folder of the round's weights: the one given, or the demo model. Raises JudgeError where one is needed."""
+    """The folder of the round's weights: the one given, or the demo model.
+
+    Raises JudgeError where one is needed or the one given is no folder.
+    """
     if model is not None:
+        if not model.is_dir():
+            raise JudgeError(f"{model}: no such folder; give the folder of the round's weights with --model DIR")
         return model.resolve()
     if profile.model == "demo":
         return demo_model_path()

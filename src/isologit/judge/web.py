@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
+from isologit.common.listening import bind, url_of
 from isologit.judge.board import BoardError, read_board, read_rounds
 from isologit.judge.database import Database
 from isologit.judge.pages import POLICY, board_page
@@ -68,7 +69,9 @@ def create_app(database: Database) -> FastAPI:
     return app
 
 
-def serve(database: Database, host: str, port: int) -> None:
-    """Serve the board until interrupted. Raises OSError when the address is taken."""
-    config = uvicorn.Config(create_app(database), host=host, port=port, log_level="warning", access_log=False)
-    asyncio.run(uvicorn.Server(config).serve())
+def serve(database: Database, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve the board until interrupted; `say` is told its address. Raises ConfigError when the address is taken."""
+    listener = bind(host, port)
+    say(f"{url_of(listener)}/")
+    config = uvicorn.Config(create_app(database), log_level="warning", access_log=False)
+    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))

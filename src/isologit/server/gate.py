@@ -32,7 +32,7 @@ class _CrowdedError(Exception):
 
 
 class Gate:
-    """ASGI middleware before everything else."""
+    """ASGI middleware before everything else. HEAD is answered as GET; the connection leaves out the body."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -44,6 +44,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
         started = False
         share = _Share(self._bodies)
 

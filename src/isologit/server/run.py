@@ -14,6 +14,7 @@ from types import FrameType
 
 import uvicorn
 
+from isologit.common.listening import bind, url_of
 from isologit.common.progress import Observer, Silent
 from isologit.config.engine_options import LogprobsMode
 from isologit.engine.async_engine import AsyncEngine
@@ -93,9 +94,7 @@ def serve(
             llm.warm_up()
         _allow_many_connections()
         sys.setswitchinterval(_SWITCH_S)
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        line = f"serving {name} on http://{shown}:{port} (llm-serving, OpenAI and TGI; /openapi.json lists everything)"
+        line = f"serving {name} on {url_of(listener)} (llm-serving, OpenAI and TGI; /openapi.json lists everything)"
         Server(service, on_started=lambda: say(line)).run(sockets=[listener])
         return 0 if service.engine.failed is None else 1
     finally:
@@ -107,24 +106,6 @@ def _allow_many_connections() -> None:
     """Raise the limit on open files as far as the system lets us."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket to listen on; port 0 takes a free one. Raises ConfigError when the address cannot be had."""
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port must be between 0 and 65535, not {port}")
-    try:
-        families = [found[0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        family = socket.AF_INET if socket.AF_INET in families else families[0]  # of "localhost", what clients try
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        close_stalled(listener, LONGEST_STALL_S)
-        listener.bind((host, port))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
-        ) from None
-    return listener
 
 
 class Server(uvicorn.Server):
@@ -150,6 +131,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
+        for listener in sockets or ():
+            close_stalled(listener, LONGEST_STALL_S)
         await super().startup(sockets)
         self._on_started()
 
