@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from isologit.backends.base import Backend, LoadOptions
+from isologit.backends.base import Backend, LoadOptions, scheme_name
 from isologit.backends.registry import choose_backend, load_backend
 from isologit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from isologit.checkpoints.dummy import dummy_checkpoint
@@ -72,6 +72,7 @@ class LLM:
             device=options.device,
             weight_cache=options.weight_cache,
             kv_cache_memory_bytes=options.kv_cache_memory_bytes,
+            numerics=options.numerics,
             on_progress=on_load_progress,
         )
         self._model = self._load(self.checkpoint)
@@ -350,7 +351,7 @@ class LLM:
 
 def require_backend(options: EngineOptions) -> None:
     """Raise ConfigError when nothing here can run what these options name, before anything is read."""
-    choose_backend(options.backend, options.device)
+    scheme_name(options.numerics, choose_backend(options.backend, options.device))
 
 
 def open_model(options: EngineOptions) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from isologit.backends.base import scheme_name
 from isologit.backends.registry import BACKENDS, available, backend_class, choose_backend
 from isologit.errors import ConfigError
 
@@ -51,3 +52,11 @@ def test_what_cannot_run_is_refused_with_what_can() -> None:
         choose_backend(device="mars")
     with pytest.raises(ConfigError, match=r'"cqu" is unknown; there are elsewhere, .*cpu'):
         choose_backend("cqu")
+
+
+def test_a_numeric_scheme_is_the_backends_own() -> None:
+    assert scheme_name("auto", backend_class("cuda")) == "float16x2-kv24"
+    assert scheme_name("float16-kv16", backend_class("cuda")) == "float16-kv16"
+    assert scheme_name("auto", backend_class("cpu")) == "float32"
+    with pytest.raises(ConfigError, match='"float16-kv16" is unknown to the cpu backend; it has float32'):
+        scheme_name("float16-kv16", backend_class("cpu"))

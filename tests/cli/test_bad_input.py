@@ -151,3 +151,12 @@ def test_a_backend_that_is_unknown_is_refused_before_anything_is_read(
     done = invoke(*command, "--backend", "nonsense")
     assert done.exit_code == 2
     assert done.stderr.splitlines() == ['error: backend "nonsense" is unknown; there are cuda, cpu, torch']
+
+
+@pytest.mark.parametrize("command", [("run",), ("serve", "--port", 0), ("bench", "throughput"), ("bench", "latency")])
+def test_numerics_of_another_backend_are_refused_before_anything_is_read(
+    invoke: Invoke, command: tuple[object, ...]
+) -> None:
+    done = invoke(*command, "--backend", "cpu", "--numerics", "float16-kv16")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == ['error: numerics "float16-kv16" is unknown to the cpu backend; it has float32']

@@ -15,6 +15,7 @@ from isologit.backends.batch import FlatBatch, StepOutput
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.common.load_progress import OnLoadProgress
 from isologit.config import ModelConfig
+from isologit.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class LoadOptions:
     max_model_len: most prompt and output tokens of one sequence. device: as in torch ("cpu", "cuda", "cuda:1", ...);
     "auto" leaves it to the backend. num_threads: of the host. weight_cache: whether weights may be kept on disk in the
     form that the backend needs. kv_cache_memory_bytes: bound of keys and values, if one was given; without, a backend
-    may take half of the memory that is free. on_progress: is told how far loading is.
+    may take half of the memory that is free. numerics: one of the backend's `numerics`, "auto" for the first.
+    on_progress: is told how far loading is.
     """
 
     max_model_len: int
@@ -32,6 +34,7 @@ class LoadOptions:
     device: str = "auto"
     weight_cache: bool = True
     kv_cache_memory_bytes: int | None = None
+    numerics: str = "auto"
     on_progress: OnLoadProgress | None = None
 
 
@@ -52,13 +55,15 @@ class Backend(Protocol):
     """A loaded model on one device. Not thread-safe: one thread runs its steps, in the order of its calls.
 
     name: its name in the registry. overlaps_steps: whether the host may prepare and start a step while the last one
-    runs, see `forward`. block_size: tokens of one block of keys and values. Every method may assume that its arguments
-    are valid; only `load` raises errors that a user should read.
+    runs, see `forward`. block_size: tokens of one block of keys and values. numerics: names of what it can keep of
+    float32 values, the default first. Every method may assume that its arguments are valid; only `load` raises errors
+    that a user should read.
     """
 
     name: ClassVar[str]
     overlaps_steps: ClassVar[bool]
     block_size: int
+    numerics: ClassVar[tuple[str, ...]]
     config: ModelConfig
 
     @classmethod
@@ -144,3 +149,14 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free threads and memory; no other method may be called afterwards."""
         ...
+
+
+def scheme_name(numerics: str, backend: type[Backend]) -> str:
+    """The scheme of that name, the default for "auto". Raises ConfigError naming what the backend has."""
+    if numerics == "auto":
+        return backend.numerics[0]
+    if numerics not in backend.numerics:
+        raise ConfigError(
+            f'numerics "{numerics}" is unknown to the {backend.name} backend; it has {", ".join(backend.numerics)}'
+        )
+    return numerics

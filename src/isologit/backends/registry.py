@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import NamedTuple
 
-from isologit.backends.base import Backend, LoadOptions
+from isologit.backends.base import Backend, LoadOptions, scheme_name
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.errors import ConfigError
 
@@ -67,4 +67,6 @@ def load_backend(checkpoint: Checkpoint, options: LoadOptions, *, backend: str =
 
     Raises ConfigError as `choose_backend` does, ModelError for a model that the backend cannot compute.
     """
-    return choose_backend(backend, options.device).load(checkpoint, options)
+    chosen = choose_backend(backend, options.device)
+    scheme_name(options.numerics, chosen)
+    return chosen.load(checkpoint, options)

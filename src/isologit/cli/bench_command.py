@@ -10,7 +10,7 @@ import typer
 
 from isologit.bench.options import DEFAULT_PORT, METRICS, Backend, DatasetName, Metric, ServingOptions
 from isologit.cli.engine_options import ENGINE_PANEL as _ENGINE
-from isologit.cli.engine_options import BackendName, DeviceName
+from isologit.cli.engine_options import BackendName, DeviceName, NumericsName
 from isologit.cli.exits import Exit, interrupt_on_sigterm, reporting_errors
 from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError, DatasetError, OutputFolderError
@@ -370,6 +370,7 @@ def throughput(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
     backend: BackendName = _ENGINE_DEFAULTS.backend,
+    numerics: NumericsName = _ENGINE_DEFAULTS.numerics,
     device: DeviceName = _ENGINE_DEFAULTS.device,
     threads: Threads = None,
     weight_cache: WeightCache = _ENGINE_DEFAULTS.weight_cache,
@@ -393,6 +394,7 @@ def throughput(
                 max_num_batched_tokens=max_num_batched_tokens,
                 speculative_config=speculation(speculative_tokens),
                 backend=backend,
+                numerics=numerics,
                 device=device,
                 num_threads=threads,
                 weight_cache=weight_cache,
@@ -442,6 +444,7 @@ def latency(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     speculative_tokens: SpeculativeTokens = _ENGINE_DEFAULTS.num_speculative_tokens,
     backend: BackendName = _ENGINE_DEFAULTS.backend,
+    numerics: NumericsName = _ENGINE_DEFAULTS.numerics,
     device: DeviceName = _ENGINE_DEFAULTS.device,
     threads: Threads = None,
     weight_cache: WeightCache = _ENGINE_DEFAULTS.weight_cache,
@@ -465,6 +468,7 @@ def latency(
             enable_prefix_caching=False,
             speculative_config=speculation(speculative_tokens),
             backend=backend,
+            numerics=numerics,
             device=device,
             num_threads=threads,
             weight_cache=weight_cache,

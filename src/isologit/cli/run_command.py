@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from isologit.cli.engine_options import ENGINE_PANEL as _ENGINE
-from isologit.cli.engine_options import BackendName, DeviceName
+from isologit.cli.engine_options import BackendName, DeviceName, NumericsName
 from isologit.cli.exits import Exit, interrupt_on_sigterm, leave, reporting_errors
 from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError
@@ -141,6 +141,7 @@ def run_command(
         typer.Option(rich_help_panel=_ENGINE, help="Which requests start first."),
     ] = "longest-first" if _ENGINE_DEFAULTS.longest_first else "given",
     backend: BackendName = _ENGINE_DEFAULTS.backend,
+    numerics: NumericsName = _ENGINE_DEFAULTS.numerics,
     device: DeviceName = _ENGINE_DEFAULTS.device,
     threads: Annotated[
         int | None, typer.Option(rich_help_panel=_ENGINE, metavar="N", help="Worker threads. Default: every core.")
@@ -207,6 +208,7 @@ def run_command(
                 longest_first=order == "longest-first",
                 speculative_config=speculation(speculative_tokens, draft_model),
                 backend=backend,
+                numerics=numerics,
                 device=device,
                 num_threads=threads,
                 weight_cache=weight_cache,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from isologit.cli.engine_options import ENGINE_PANEL as _ENGINE
-from isologit.cli.engine_options import BackendName, DeviceName
+from isologit.cli.engine_options import BackendName, DeviceName, NumericsName
 from isologit.cli.exits import reporting_errors
 from isologit.config import EngineOptions, speculation
 from isologit.errors import ConfigError
@@ -88,6 +88,7 @@ def serve_command(
         str | None, _option(_ENGINE, metavar="DIR|FILE|PRESET", help="A smaller model that drafts instead.")
     ] = None,
     backend: BackendName = _ENGINE_DEFAULTS.backend,
+    numerics: NumericsName = _ENGINE_DEFAULTS.numerics,
     device: DeviceName = _ENGINE_DEFAULTS.device,
     threads: Annotated[int | None, _option(_ENGINE, metavar="N", help="Worker threads. Default: every core.")] = None,
     plain_user_content: Annotated[
@@ -137,6 +138,7 @@ def serve_command(
                     enable_prefix_caching=enable_prefix_caching,
                     speculative_config=speculation(speculative_tokens, draft_model),
                     backend=backend,
+                    numerics=numerics,
                     device=device,
                     num_threads=threads,
                     weight_cache=weight_cache,

@@ -64,7 +64,8 @@ class EngineOptions:
     model: Hugging Face LLaMA folder or MindFormers checkpoint, or with `load_format` "dummy" a preset or config.json;
     None is the built-in demo model. model_config: a `config.json` or MindFormers YAML to use instead of the one beside
     the weights. tokenizer: folder or file, when it is not in the model's folder. device: as in torch ("cpu", "cuda:1").
-    backend: a name in `backends/registry.py`. "auto" takes the best that this machine can use. max_num_seqs (running
+    backend: a name in `backends/registry.py`. numerics: what the backend keeps of float32 values, one of its schemes.
+    "auto" takes the best that this machine can use. max_num_seqs (running
     slots) and max_num_batched_tokens (tokens of one step): None lets the planner choose. longest_first: the order in
     which requests start. speculative_config: None turns speculation off. kv_cache_memory_bytes: bound of keys and
     values; None takes up to half of the free memory, as far as the running requests need it. num_threads: None uses
@@ -79,6 +80,7 @@ class EngineOptions:
     qkv_layout: QkvLayout | None = None
     device: str = "auto"
     backend: str = "auto"
+    numerics: str = "auto"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True

@@ -247,7 +247,7 @@ class _Engine:
         self._options = options
         self._lengths = lengths
         backend = choose_backend(options.backend, options.device)
-        load = LoadOptions(config.context_length, num_threads, options.device)
+        load = LoadOptions(config.context_length, num_threads, options.device, numerics=options.numerics)
         self._block_size: int = backend.block_size
         models = [config] if draft is None else [config, draft]
         self._memories: list[Memory] = [backend.plan_memory(model, load, 1) for model in models]

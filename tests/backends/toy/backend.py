@@ -21,6 +21,7 @@ class ToyBackend:
     name: ClassVar[str] = "toy"
     overlaps_steps: ClassVar[bool] = False
     block_size = 4
+    numerics: ClassVar[tuple[str, ...]] = ("float32",)
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.config = c = checkpoint.config

@@ -67,6 +67,7 @@ class CPUBackend:
     name: ClassVar[str] = "cpu"
     overlaps_steps: ClassVar[bool] = False
     block_size = PANEL_WIDTH
+    numerics: ClassVar[tuple[str, ...]] = ("float32",)
 
     def __init__(
         self,

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 
-from isologit.backends.base import LoadOptions, Memory
+from isologit.backends.base import LoadOptions, Memory, scheme_name
 from isologit.backends.batch import FlatBatch, StepOutput
+from isologit.backends.cuda.numerics import SCHEMES, Numerics
 from isologit.backends.cuda.sizes import BLOCK_SIZE, buffer_bytes, kv_block_bytes, product_bytes, weight_bytes
 from isologit.backends.cuda.tiles import BUCKETS, bucket_of
 from isologit.checkpoints.checkpoint import Checkpoint
@@ -32,6 +34,16 @@ _LEAST_CAPABILITY = (9, 0)  # FP8 conversions, and the tensor memory accelerator
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _numerics(options: LoadOptions) -> Numerics:
+    """The scheme asked for.
+
+    NOTE: Triton's interpreter rounds to FP8 wrongly where a mantissa carries, so it keeps float16 there.
+    """
+    scheme = SCHEMES[scheme_name(options.numerics, CUDABackend)]
+    stand_in = _interpreted() and scheme.kv_low == torch.float8_e4m3fn
+    return replace(scheme, kv_low=torch.float16) if stand_in else scheme
 
 
 def _torch_device(device: str) -> torch.device:
@@ -88,11 +100,12 @@ class DeviceOutput:
 
 
 class CUDABackend:
-    """LLaMA with float16 weights, activations in two float16 terms, and keys and values in float16 and FP8."""
+    """LLaMA with float16 weights; what is kept of activations, keys and values is a scheme of `numerics.py`."""
 
     name: ClassVar[str] = "cuda"
     overlaps_steps: ClassVar[bool] = True
     block_size = BLOCK_SIZE
+    numerics: ClassVar[tuple[str, ...]] = tuple(SCHEMES)
 
     @classmethod
     def why_not(cls, device: str) -> str | None:
@@ -125,7 +138,7 @@ class CUDABackend:
         rows = _buffer_rows(num_tokens)
         return Memory(
             weight_bytes(config, options.max_model_len),
-            kv_block_bytes(config, _interpreted()),
+            kv_block_bytes(config, _numerics(options).kv_bytes),
             buffer_bytes(config, rows),
         )
 
@@ -142,11 +155,12 @@ class CUDABackend:
             raise ModelError("the cuda backend takes at most 64 query heads for a key/value head")
         self._interpret = _interpreted()
         self.device = torch.device("cpu") if self._interpret else _torch_device(options.device)
-        # NOTE: Triton's interpreter rounds to FP8 wrongly where a mantissa carries, so it keeps float16 there.
-        self._low_dtype = torch.float16 if self._interpret else torch.float8_e4m3fn
+        self._scheme, self._numerics = scheme_name(options.numerics, CUDABackend), _numerics(options)
         self._max_model_len = options.max_model_len
         self._kv_bounded = options.kv_cache_memory_bytes is not None
-        self._model = Llama(self.config, checkpoint.tensors, self.device, options.max_model_len)
+        self._model = Llama(
+            self.config, checkpoint.tensors, self.device, options.max_model_len, self._numerics.activation_terms
+        )
         self._tile_tokens = tile_tokens(self.config)
         self._copied: Any = self._event()
         # NOTE: results are copied beside the steps' own stream, where a copy would wait for the step that runs ahead.
@@ -181,10 +195,11 @@ class CUDABackend:
         self._graphs.clear()
         self._cache = None  # the old memory goes before the new comes
         if num_blocks and not self._interpret and not self._kv_bounded:
-            num_blocks = max(num_blocks, self.free_memory() // 2 // kv_block_bytes(c))
+            num_blocks = max(num_blocks, self.free_memory() // 2 // kv_block_bytes(c, self._numerics.kv_bytes))
         shape = (c.num_hidden_layers, num_blocks + 1, 2, c.num_key_value_heads, BLOCK_SIZE, c.head_dim)
         high = torch.empty(shape, dtype=torch.float16, device=self.device)
-        self._cache = KVCache(high, torch.empty(shape, dtype=self._low_dtype, device=self.device))
+        low = self._numerics.kv_low
+        self._cache = KVCache(high, None if low is None else torch.empty(shape, dtype=low, device=self.device))
         self._num_blocks = num_blocks
         self._capture()
 
@@ -333,7 +348,7 @@ class CUDABackend:
         weights = weight_bytes(self.config, self._max_model_len)
         return Memory(
             weights,
-            kv_block_bytes(self.config, self._interpret),
+            kv_block_bytes(self.config, self._numerics.kv_bytes),
             buffer_bytes(self.config, self._rows),
         )
 
@@ -346,14 +361,15 @@ class CUDABackend:
 
     def describe(self) -> dict[str, Any]:
         """What a result file says of it."""
-        products = product_bytes(self.config)
+        products, found = product_bytes(self.config), self._numerics
         name = "cpu, Triton's interpreter" if self._interpret else torch.cuda.get_device_name(self.device)
         return {
             "device": str(self.device),
             "device_name": name,
             "kernels": "triton",
-            "compute_dtype": "float16 pairs, float32 accumulation",
-            "kv_dtype": f"float16 and {str(self._low_dtype).removeprefix('torch.')}",
+            "numerics": self._scheme,
+            "compute_dtype": f"float16{' pairs' if found.activation_terms == 2 else ''}, float32 accumulation",
+            "kv_dtype": "float16" + ("" if found.kv_low is None else f" and {found.kv_low}".replace("torch.", "")),
             "weights_dtype": "float16",
             "weight_bytes": products,
             "step_bytes": products,

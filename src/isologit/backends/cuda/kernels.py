@@ -4,8 +4,8 @@ A "pair" is a float32 tensor as the sum of two float16 ones, [2, T, features]: w
 leaves. Products of a pair with float16 weights on tensor cores have nearly the error of float32 ones. Features are
 padded (`sizes.padded`), where pairs and weights hold zeros.
 
-Keys and values are kept as a float16 term and, in FP8 e4m3 or float16, `2**14` times what that leaves. A block of a
-layer is [keys or values, KV heads, block size, D].
+Keys and values are kept as a float16 term and, in FP8 e4m3 or float16, `2**14` times what that leaves; with KV_TERMS 1
+as the float16 term alone. A block of a layer is [keys or values, KV heads, block size, D].
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def take_chosen(tokens, chosen, count, BLOCK: tl.constexpr):
 @triton.jit
 def linear(
     pair, low_row, scales, weight, out, num_rows, out_features, in_features,
-    SCALED: tl.constexpr, K_SPLITS: tl.constexpr,
+    SCALED: tl.constexpr, TERMS: tl.constexpr, K_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """pair x weight [out, in] -> float32 [K_SPLITS, T, out], each split a part of the sum over `in`.
 
     pair, weight: descriptors for the tensor memory accelerator; the pair's is [2 * T, in], and its low term begins at
     `low_row`. Both products of a weight tile follow each other, so weights are read once. scales: float32 [T], of each
-    row, if SCALED. All sizes must be multiples of their blocks.
+    row, if SCALED. TERMS: 1 leaves the low term out. All sizes must be multiples of their blocks.
     """
     pid, split = tl.program_id(0), tl.program_id(1)
     tiles_m = num_rows // BLOCK_M
@@ -55,7 +55,8 @@ def linear(
     for k in range(first, min(first + per_split, in_features), BLOCK_K):
         tile = weight.load([column, k]).T
         acc = tl.dot(pair.load([row, k]), tile, acc)
-        acc = tl.dot(pair.load([low_row + row, k]), tile, acc)
+        if TERMS == 2:
+            acc = tl.dot(pair.load([low_row + row, k]), tile, acc)
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     if SCALED:
         acc *= tl.load(scales + rows)[:, None]
@@ -65,7 +66,7 @@ def linear(
 @triton.jit
 def linear_narrow(
     pair, low_offset, scales, weight, out, num_rows, out_features, in_features,
-    SCALED: tl.constexpr, K_SPLITS: tl.constexpr,
+    SCALED: tl.constexpr, TERMS: tl.constexpr, K_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`linear` for few rows: the weight tile is the first operand, of which tensor cores take 64 rows at least.
@@ -85,7 +86,8 @@ def linear_narrow(
     for _ in range(first, min(first + per_split, in_features), BLOCK_K):
         tile = tl.load(weight_pointers)
         acc = tl.dot(tile, tl.load(high_pointers), acc)
-        acc = tl.dot(tile, tl.load(high_pointers + low_offset), acc)
+        if TERMS == 2:
+            acc = tl.dot(tile, tl.load(high_pointers + low_offset), acc)
         high_pointers += BLOCK_K
         weight_pointers += BLOCK_K
     if SCALED:
@@ -140,7 +142,7 @@ def split_rows(x, pair, low_offset, pair_width, hidden, BLOCK: tl.constexpr):
 def rotate_and_cache(
     qkv, qkv_width, bias, cos, sin, positions, slots, queries, low_offset, kv_high, kv_low, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr,
+    KV_TERMS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Rotary embedding; queries times `scale` become a pair [2, T, heads, D], keys and values go to their slots.
 
@@ -170,25 +172,26 @@ def rotate_and_cache(
     is_kv = inside & (head >= HEADS)[:, None]
     place = (slot // BLOCK_SIZE * 2 * KV_HEADS + kv_head[:, None]) * BLOCK_SIZE + slot % BLOCK_SIZE
     place = place * HEAD_DIM + pair_index[None, :]
-    _store_kv(kv_high + place, kv_low + place, left, is_kv)
-    _store_kv(kv_high + place + HEAD_DIM // 2, kv_low + place + HEAD_DIM // 2, right, is_kv)
+    _store_kv(kv_high, kv_low, place, left, is_kv, KV_TERMS)
+    _store_kv(kv_high, kv_low, place + HEAD_DIM // 2, right, is_kv, KV_TERMS)
 
 
 @triton.jit
-def _store_kv(high_pointer, low_pointer, x, mask):
+def _store_kv(kv_high, kv_low, place, x, mask, KV_TERMS: tl.constexpr):
     high = x.to(tl.float16)
-    low = (x - high.to(tl.float32)) * _LOW_SCALE
-    if low_pointer.dtype.element_ty == tl.float8e4nv:
-        low = tl.clamp(low, -_E4M3_MAX, _E4M3_MAX)
-    tl.store(high_pointer, high, mask=mask)
-    tl.store(low_pointer, low.to(low_pointer.dtype.element_ty), mask=mask)
+    tl.store(kv_high + place, high, mask=mask)
+    if KV_TERMS == 2:
+        low = (x - high.to(tl.float32)) * _LOW_SCALE
+        if kv_low.dtype.element_ty == tl.float8e4nv:
+            low = tl.clamp(low, -_E4M3_MAX, _E4M3_MAX)
+        tl.store(kv_low + place, low.to(kv_low.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def attention(
     queries, query_low, kv_high, kv_low, tiles, num_tiles, tables, table_width, out, out_low, out_width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    KV_TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Paged causal attention for prompt, decode and draft tokens alike: one program a tile of tokens and a KV head.
 
@@ -224,10 +227,14 @@ def attention(
         place = place[:, None] + d[None, :]
         there = exists[:, None] & (d < HEAD_DIM)[None, :]
         k_high = tl.trans(tl.load(kv_high + place, mask=there, other=0.0))
-        k_low = tl.trans(tl.load(kv_low + place, mask=there, other=0.0).to(tl.float16))
+        if KV_TERMS == 2:
+            k_low = tl.trans(tl.load(kv_low + place, mask=there, other=0.0).to(tl.float16))
         v_high = tl.load(kv_high + values_offset + place, mask=there, other=0.0)
-        v_low = tl.load(kv_low + values_offset + place, mask=there, other=0.0).to(tl.float16)
-        scores = tl.dot(q_high, k_high) + (tl.dot(q_low, k_high) + tl.dot(q_high, k_low) * (1.0 / _LOW_SCALE))
+        if KV_TERMS == 2:
+            v_low = tl.load(kv_low + values_offset + place, mask=there, other=0.0).to(tl.float16)
+            scores = tl.dot(q_high, k_high) + (tl.dot(q_low, k_high) + tl.dot(q_high, k_low) * (1.0 / _LOW_SCALE))
+        else:
+            scores = tl.dot(q_high, k_high) + tl.dot(q_low, k_high)
         scores = tl.where(n[None, :] <= last[:, None], scores * _LOG2_E, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         p = tl.exp2(scores - larger[:, None])
@@ -235,7 +242,10 @@ def attention(
         total = total * shrink + tl.sum(p, 1)
         p_high = p.to(tl.float16)
         p_low = (p - p_high.to(tl.float32)).to(tl.float16)
-        added = tl.dot(p_high, v_high) + (tl.dot(p_low, v_high) + tl.dot(p_high, v_low) * (1.0 / _LOW_SCALE))
+        if KV_TERMS == 2:
+            added = tl.dot(p_high, v_high) + (tl.dot(p_low, v_high) + tl.dot(p_high, v_low) * (1.0 / _LOW_SCALE))
+        else:
+            added = tl.dot(p_high, v_high) + tl.dot(p_low, v_high)
         acc = acc * shrink[:, None] + added
         largest = larger
     place_out = out + (first_row + token)[:, None] * out_width + columns

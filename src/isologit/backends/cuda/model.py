@@ -46,12 +46,16 @@ class Layer(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers: float16, and float8_e4m3fn for what it leaves; both
+    """Keys and values of all layers: float16, and what it leaves as the scheme says, or None; both
     [layers, blocks, 2, KV heads, block size, D].
     """
 
     high: Tensor
-    low: Tensor
+    low: Tensor | None
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """Both of one layer."""
+        return self.high[number], None if self.low is None else self.low[number]
 
 
 class StepInputs(NamedTuple):
@@ -81,9 +85,15 @@ class Llama:
     """Weights, buffers and the forward pass."""
 
     def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device, max_model_len: int
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        max_model_len: int,
+        activation_terms: int,
     ) -> None:
         self.config, self.device, self._tensors = config, device, tensors
+        self._activation_terms = activation_terms
         self.layers = [self._layer(f"model.layers.{i}") for i in range(config.num_hidden_layers)]
         self.embedding = self._half("model.embed_tokens.weight")
         self.norm = self._float("model.norm.weight")
@@ -154,7 +164,7 @@ class Llama:
             else:
                 self._add_norm(parts, None, "none", num_rows, num_parts, bias, layer.input_norm)
             self._linear("normed", layer.qkv, "qkv", num_rows)
-            self._attention(step, num_rows, layer.qkv.bias, cache.high[i], cache.low[i])
+            self._attention(step, num_rows, layer.qkv.bias, *cache.layer(i))
             self._linear("attended", layer.out, "parts", num_rows, K_SPLITS)
             self._add_norm(parts, None, "none", num_rows, K_SPLITS, layer.out.bias, layer.post_norm)
             self._linear("normed", layer.gate_up, "gate_up", num_rows)
@@ -209,7 +219,12 @@ class Llama:
         tile = tile_for(num_rows, out_features, k_splits, self._num_multiprocessors)
         grid = (num_rows // tile.block_m) * (out_features // tile.block_n), k_splits
         sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": BLOCK_K, "K_SPLITS": k_splits}
-        how = {"SCALED": scaled, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        how = {
+            "SCALED": scaled,
+            "TERMS": self._activation_terms,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
         shape = num_rows, out_features, in_features
         if num_rows <= NARROW_ROWS:
             kernels.linear_narrow[grid](pair, pair.stride(0), scales, weight, self.buffers[out], *shape, **sizes, **how)
@@ -218,10 +233,13 @@ class Llama:
         weights = TensorDescriptor.from_tensor(weight, [tile.block_n, BLOCK_K])
         kernels.linear[grid](pairs, low_row, scales, weights, self.buffers[out], *shape, **sizes, **how)
 
-    def _attention(self, step: StepInputs, num_rows: int, bias: Tensor | None, kv_high: Tensor, kv_low: Tensor) -> None:
+    def _attention(
+        self, step: StepInputs, num_rows: int, bias: Tensor | None, kv_high: Tensor, kv_low: Tensor | None
+    ) -> None:
         c, qkv = self.config, self.buffers["qkv"]
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         sizes = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": c.head_dim, "BLOCK_SIZE": BLOCK_SIZE}
+        sizes["KV_TERMS"] = 1 if kv_low is None else 2
         queries = self.buffers["queries"]
         kernels.rotate_and_cache[(num_rows, triton.cdiv(heads + 2 * kv_heads, _HEADS_AT_ONCE))](
             qkv, qkv.shape[1], bias, self.cos, self.sin, step.positions, step.slots, queries, queries.stride(0),

@@ -38,7 +38,14 @@ def _product(pair: Tensor, weight: Tensor, narrow: bool, scales: Tensor | None =
     half[: weight.shape[0], : weight.shape[1]] = weight
     out = _zeros(2, pair.shape[1], len(half))
     shape = pair.shape[1], len(half), pair.shape[2]
-    constants = {"SCALED": scales is not None, "K_SPLITS": 2, "BLOCK_N": 64, "BLOCK_K": BLOCK_K, "num_warps": 4}
+    constants = {
+        "SCALED": scales is not None,
+        "TERMS": 2,
+        "K_SPLITS": 2,
+        "BLOCK_N": 64,
+        "BLOCK_K": BLOCK_K,
+        "num_warps": 4,
+    }
     factors = out if scales is None else scales
     if narrow:
         grid = (shape[0] // 16 * (shape[1] // 64), 2)
@@ -115,7 +122,7 @@ def attention_with(low: torch.dtype, q: Tensor, k: Tensor, v: Tensor, cos: Tenso
     lows = torch.full_like(high, math.nan, dtype=low)
     qkv = torch.cat([part.flatten(1) for part in (q, k, v)], 1).contiguous().to(_DEVICE)
     queries = _zeros(2, length, heads, dim, dtype=torch.float16)
-    sizes = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": dim, "BLOCK_SIZE": BLOCK_SIZE}
+    sizes = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": dim, "BLOCK_SIZE": BLOCK_SIZE, "KV_TERMS": 2}
     kernels.rotate_and_cache[(length, triton.cdiv(heads + 2 * kv_heads, 4))](
         qkv, qkv.shape[1], None, cos.contiguous().to(_DEVICE), sin.contiguous().to(_DEVICE), positions, slots, queries,
         queries.stride(0), high, lows, 1 / math.sqrt(dim), **sizes, HAS_BIAS=False, BLOCK_HEADS=4,

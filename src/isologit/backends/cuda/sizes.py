@@ -11,7 +11,6 @@ from isologit.config import ModelConfig
 
 BLOCK_SIZE = 16  # tokens of a block of keys and values
 _FEATURES = 128  # products read and write features in multiples of these
-_KV_BYTES, _WIDE_KV_BYTES = 3, 4  # float16, and FP8 or float16 for what it leaves
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -53,17 +52,10 @@ def weight_bytes(config: ModelConfig, max_model_len: int) -> int:
     return product_bytes(c) + 2 * c.vocab_size * c.hidden_size + norms + biases + tables
 
 
-def kv_block_bytes(config: ModelConfig, wide: bool = False) -> int:
-    """Bytes of one block's keys and values over all layers."""
+def kv_block_bytes(config: ModelConfig, kv_bytes: int) -> int:
+    """Bytes of one block's keys and values over all layers; `kv_bytes` of each."""
     c = config
-    return (
-        (_WIDE_KV_BYTES if wide else _KV_BYTES)
-        * 2
-        * c.num_hidden_layers
-        * c.num_key_value_heads
-        * c.head_dim
-        * BLOCK_SIZE
-    )
+    return kv_bytes * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * BLOCK_SIZE
 
 
 def buffer_shapes(config: ModelConfig, num_rows: int) -> Shapes:

@@ -61,6 +61,7 @@ class TorchBackend:
     name: ClassVar[str] = "torch"
     overlaps_steps: ClassVar[bool] = True
     block_size = _BLOCK_SIZE
+    numerics: ClassVar[tuple[str, ...]] = ("float32",)
 
     @classmethod
     def why_not(cls, device: str) -> str | None:
