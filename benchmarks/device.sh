@@ -35,7 +35,7 @@ if [ -n "$dry" ]; then
  "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2}
 JSON
     model="$work/config.json"
-    chosen="cuda and gqa and (only_wanted or memory_is)"
+    chosen="cuda and (numerics or (gqa and (only_wanted or memory_is)))"
     kernels=(--rows 16 --contexts 20)
     errors=(--tokens 12)
     # What needs many steps runs on the plain backend: an interpreter is slow.
@@ -56,18 +56,18 @@ fi
 {
     { nvidia-smi || true; "$python" -c 'import platform, torch; print(platform.platform(), torch.__version__)'; } \
         > "$out/environment.txt" 2>&1
-    stage conformance 80 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/backends/cuda/test_triton_kernels.py \
-        tests/backends/conformance -k "$chosen" --durations=5 > "$out/conformance.txt"
+    stage conformance 110 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/backends/cuda/test_triton_kernels.py \
+        tests/backends/cuda/test_numerics.py tests/backends/conformance -k "$chosen" --durations=5 > "$out/conformance.txt"
     tail -3 "$out/conformance.txt"
     if command -v compute-sanitizer > /dev/null; then # bad addresses that happen to be mapped show in nothing else
         stage addresses 50 compute-sanitizer --error-exitcode 9 --print-limit 5 "$python" -m pytest -q -p no:cacheprovider \
             tests/backends/conformance/test_steps.py -k "cuda and gqa and (at_once or chunks)"
     fi
     stage kernels 70 "$python" benchmarks/device_kernels.py --model "$model" "${kernels[@]}" --output "$out/kernels.json"
-    stage errors 90 "$python" benchmarks/device_errors.py --model "$model" "${errors[@]}" --output "$out/errors.json"
-    stage trace 140 "$python" benchmarks/device_trace.py --model "$model" "${engine[@]}" "${trace[@]}" \
+    stage errors 80 "$python" benchmarks/device_errors.py --model "$model" "${errors[@]}" --output "$out/errors.json"
+    stage trace 130 "$python" benchmarks/device_trace.py --model "$model" "${engine[@]}" "${trace[@]}" \
         --dataset "$work/trace.jsonl" --output "$out/trace.json"
-    stage certificate 170 "$python" -m isologit run --model "$model" --load-format dummy "${engine[@]}" "${slots[@]}" \
+    stage certificate 150 "$python" -m isologit run --model "$model" --load-format dummy "${engine[@]}" "${slots[@]}" \
         --dataset "$work/trace.jsonl" --ignore-eos --speculative-tokens 0 --baseline-requests 0 --certify-seconds 60 \
         --output "$work/run" --json
     cp "$work/run/certificate.json" "$out/"

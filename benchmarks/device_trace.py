@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--sample-batches", type=int, default=4)
-    parser.add_argument("--transformers-seconds", type=float, default=50.0)
+    parser.add_argument("--transformers-seconds", type=float, default=40.0)
     parser.add_argument("--shorten", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dataset", type=Path)
