@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from isologit.common.files import write_atomically
+from isologit.common.safetensors_errors import safetensors_as_os_errors
 from isologit.fidelity.files import LogitsFileError
 from isologit.fidelity.rows import CapturedRow
 
@@ -48,7 +49,7 @@ class Captures:
 
 
 def write_captures(path: Path, rows: Iterable[CapturedRow], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the rows in the order given, atomically. All rows must be float32 of one vocabulary."""
+    """Write the rows in the order given, atomically. All rows must be float32 of one vocabulary. Raises OSError."""
     listed = list(rows)
     arrays = {
         "rows": np.stack([row.logits for row in listed]) if listed else np.zeros((0, 0), np.float32),
@@ -63,7 +64,8 @@ def write_captures(path: Path, rows: Iterable[CapturedRow], metadata: Mapping[st
         "context_sha256": [row.context_sha256 for row in listed],
     }
     header = {**(metadata or {}), **{name: json.dumps(items) for name, items in strings.items()}, "format": _FORMAT}
-    write_atomically(path, lambda temporary: save_file(arrays, temporary, header))
+    with safetensors_as_os_errors(path):
+        write_atomically(path, lambda temporary: save_file(arrays, temporary, header))
 
 
 def read_captures(path: Path) -> Captures:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from isologit.common.safetensors_errors import safetensors_as_os_errors
 from isologit.errors import ModelError
 
 _RELATIVE = 0.25  # of the weights' own spread: enough to change answers, too little to break the model
@@ -18,7 +19,8 @@ _RELATIVE = 0.25  # of the weights' own spread: enough to change answers, too li
 def perturbed_model(model: Path, target: Path, generator: np.random.Generator) -> str:
     """Write the copy into `target` and return the changed weight's name; other files are linked where possible.
 
-    model: a Hugging Face folder with safetensors. Raises ModelError for anything else.
+    model: a Hugging Face folder with safetensors. Raises ModelError for anything else, OSError when the copy cannot
+    be written.
     """
     shards = sorted(model.glob("*.safetensors"))
     if not shards:
@@ -38,7 +40,8 @@ def perturbed_model(model: Path, target: Path, generator: np.random.Generator) -
     weight = tensors[name].to(torch.float32)
     noise = torch.from_numpy(generator.standard_normal(weight.shape, dtype=np.float32))
     tensors[name] = (weight + noise * (_RELATIVE * float(weight.std()))).to(tensors[name].dtype)
-    save_file(tensors, target / changed.name, metadata={"format": "pt"})
+    with safetensors_as_os_errors(target / changed.name):
+        save_file(tensors, target / changed.name, metadata={"format": "pt"})
     return name
 
 
