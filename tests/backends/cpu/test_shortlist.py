@@ -32,19 +32,19 @@ def byte_head(weight: torch.Tensor) -> ByteHead:
 def bounds(x: np.ndarray, head: ByteHead) -> np.ndarray:
     """[R, panels] upper bounds of each row; NaN for rows that have none."""
     rows, depth = x.shape
-    height = kernels.tile_height(rows)
-    row_integers = np.zeros((rows + height) * depth, ROW_DTYPE)
+    tiles = kernels.tile_count(rows)
+    row_integers = np.zeros(rows * depth, ROW_DTYPE)
     take, factors = np.zeros(rows, np.int32), np.zeros((rows, 3), np.float32)
     bounded = np.zeros(rows, bool)
     flat = x.reshape(-1)
-    for row in range(rows):
-        top = row - row % height
-        bounded[row] = quantise_row(
-            flat, row * depth, depth, row_integers, top * depth + (row - top) * 4, height, take, factors, row
-        )
+    for tile in range(tiles):
+        top, end = kernels.even_share(tile, tiles, rows)
+        for row in range(top, end):
+            place = top * depth + (row - top) * 4
+            bounded[row] = quantise_row(flat, row * depth, depth, row_integers, place, end - top, take, factors, row)
     tops = np.zeros(len(head.weights) * rows, np.float32)
     bound_panels(
-        row_integers.view(np.int32), height, rows, head.weights, head.columns, take, factors, tops,
+        row_integers.view(np.int32), rows, head.weights, head.columns, take, factors, tops,
         np.zeros(1, np.int64), 0,
     )  # fmt: skip
     found = tops.reshape(-1, rows).T.copy()

@@ -15,11 +15,13 @@ from numba import njit
 
 from isologit.backends.cpu.kernels import (
     attention_tile,
+    even_share,
     head_columns,
     kv_block_size,
     pack_tile,
     rotate_and_cache,
     scale_row,
+    tile_count,
 )
 from isologit.backends.cpu.simd import CACHE_LINE, PANEL_WIDTH, TILE_ROWS, atomic_add, monotonic_ns
 from isologit.backends.cpu.tiles import LINES_PER_PASS, STREAM_CHUNK, make_tile_product
@@ -117,27 +119,27 @@ def _list_chunks(chunks, tiles, first, last, block_tables, head, num_kv_heads, h
 
 @njit(nogil=True)
 def project_and_attend(
-    normed, height, hidden, rows, panels, bias, bias_step, head_rows, positions, slots, tiles, written_first,
+    normed, hidden, rows, panels, bias, bias_step, head_rows, positions, slots, tiles, written_first,
     block_tables, group, num_kv_heads, head_dim, value_width, cos, sin, kv, out, out_stride, pack, queries, scores,
     scores_stride, weights, sums, scratch, offsets, chunks, num_threads, counters, counter,
 ):  # fmt: skip
     """One thread's share of the heads: projection, keys and values into the cache, and attention into `out`.
 
-    With `pack`, `out` gets tiles of `height` rows and `out_stride` features, as a product reads them, else rows of
-    `out_stride`. Other arguments are those of `linear` for the projection, of `rotate_and_cache` and of
-    `attention_tile`; tiles and written_first are as in `AttentionWork`. Of this thread: head_rows, float32
-    [2, rows, group + 2, head_dim], the present and the next head, and chunks, MAX_CHUNKS + 1 int64. Threads share the
-    KV heads through `counters[counter]`. Returns the nanoseconds spent projecting, from a sample of the tiles.
+    With `pack`, `out` gets tiles of `out_stride` features, as a product reads them, else rows of `out_stride`. Other
+    arguments are those of `linear` for the projection, of `rotate_and_cache` and of `attention_tile`; tiles and
+    written_first are as in `AttentionWork`. Of this thread: head_rows, float32 [2, rows, group + 2, head_dim], the
+    present and the next head, and chunks, MAX_CHUNKS + 1 int64. Threads share the KV heads through
+    `counters[counter]`. Returns the nanoseconds spent projecting, from a sample of the tiles.
     """
     flat = panels.reshape(-1)
     panel_size = hidden * PANEL_WIDTH
     num_heads = group * num_kv_heads
     width, keys, values = (group + 2) * head_dim, group * head_dim, (group + 1) * head_dim
     num_panels = width // PANEL_WIDTH
-    row_tiles = (rows + height - 1) // height
+    row_tiles = tile_count(rows)
     units = num_panels * row_tiles
     line = CACHE_LINE // flat.itemsize
-    pace = -(-line * height // rows)
+    pace = -(-line // row_tiles)
     fetched_by_tile = hidden * PANEL_WIDTH * pace // line
     places = hidden // 2 * LINES_PER_PASS
     most_lines = min(places, MAX_CHUNKS * _LINES_PER_CHUNK)
@@ -168,14 +170,14 @@ def project_and_attend(
                 heads_on, following = divmod(number + 1, num_panels)
                 following_head = min(next_head + heads_on * num_threads, num_kv_heads - 1)
                 following = _panel_of(following, following_head, num_heads, num_kv_heads, head_dim)
-                top = row_tile * height
+                top, end = even_share(row_tile, row_tiles, rows)
                 timed = turn % _TURNS_PER_SAMPLE == 0
                 began = monotonic_ns() if timed else 0
                 _streaming_tile(
-                    normed, top * hidden, height, flat, panel * panel_size, PANEL_WIDTH, hidden,
+                    normed, top * hidden, end - top, flat, panel * panel_size, PANEL_WIDTH, hidden,
                     (following - panel) * panel_size + row_tile * fetched_by_tile, pace, bias, panel * bias_step, 0,
                     head_rows, upcoming + top * width + number * PANEL_WIDTH, width, chunks,
-                    -(-lines * 256 // places), min(height, rows - top),
+                    -(-lines * 256 // places), end - top,
                 )  # fmt: skip
                 if timed:
                     spent += _TURNS_PER_SAMPLE * (monotonic_ns() - began)
@@ -197,13 +199,13 @@ def project_and_attend(
             first = last
         if head >= 0:
             column, size = head * group * head_dim, group * head_dim
-            for top in range(0, rows, height):
-                count = min(height, rows - top)
+            for row_tile in range(row_tiles):
+                top, end = even_share(row_tile, row_tiles, rows)
                 if pack:
-                    target = top * out_stride + column * height
-                    pack_tile(head_rows, present + top * width, width, count, size, out, target, height)
+                    target = top * out_stride + column * (end - top)
+                    pack_tile(head_rows, present + top * width, width, end - top, size, out, target, end - top)
                     continue
-                for r in range(top, top + count):
+                for r in range(top, end):
                     scale_row(head_rows, present + r * width, np.float32(1.0), out, r * out_stride + column, size)
         head, present, upcoming = next_head, upcoming, present
         if head < num_kv_heads:

@@ -4,9 +4,9 @@ Every kernel is written so that the arithmetic of one token row never depends on
 reduction order per row): batch invariance is a property of the kernels, not a mode.
 Arrays are flat (1-D) where a register tile reads them; strides count elements. `panels` are weights packed by
 `pack_weight`: [panels, in_features, PANEL_WIDTH]. What a product reads is stored tile by tile: the rows of a tile side
-by side for each feature, [tiles, features, height], so that a register tile follows one pointer; `tile_height` says how
-many rows that is. Loops along a row count in uint64: a signed index might be negative, which Python allows, and the
-compiler would gather elements instead of loading vectors.
+by side for each feature, [features, rows of the tile], so that a register tile follows one pointer; tile i of n holds
+the i-th `even_share` of the rows. Loops along a row count in uint64: a signed index might be negative, which Python
+allows, and the compiler would gather elements instead of loading vectors.
 """
 
 from __future__ import annotations
@@ -102,10 +102,15 @@ def wait_until(counters, counter, value):
 
 
 @njit(nogil=True)
-def tile_height(rows):
-    """Rows of a tile in a step of `rows` rows: as few tiles as there can be, of even heights."""
-    tiles = max(1, -(-rows // TILE_ROWS))
-    return max(1, -(-rows // tiles))
+def tile_count(rows):
+    """Tiles of so many rows: as few as there can be."""
+    return -(-rows // TILE_ROWS)
+
+
+@njit(nogil=True)
+def even_share(part, num_parts, count):
+    """First and last + 1 of the part's share of `count`; shares differ by one at most."""
+    return part * count // num_parts, (part + 1) * count // num_parts
 
 
 @njit(nogil=True, forceinline=True)
@@ -127,7 +132,7 @@ def _norm_scale(x, offset, size, eps):
 
 
 @njit(nogil=True)
-def rms_norm_tile(x, offsets, rows, weight, size, eps, out, out_offset, height, scales, scratch):
+def rms_norm_tile(x, offsets, rows, weight, size, eps, out, out_offset, scales, scratch):
     """Norm of the rows of `x` that begin at `offsets`, stored as one tile of `out`.
 
     scales: `rows` float32 and scratch: TILE_ROWS * VECTOR_WIDTH float32 of this thread.
@@ -141,7 +146,7 @@ def rms_norm_tile(x, offsets, rows, weight, size, eps, out, out_offset, height, 
             source, target = np.uint64(offsets[r] + first), np.uint64(r * VECTOR_WIDTH)
             for i in range(np.uint64(width)):
                 scratch[target + i] = x[source + i] * scales[r] * weight[column + i]
-        pack_tile(scratch, 0, VECTOR_WIDTH, rows, width, out, out_offset + first * height, height)
+        pack_tile(scratch, 0, VECTOR_WIDTH, rows, width, out, out_offset + first * rows, rows)
 
 
 @njit(nogil=True)
@@ -155,7 +160,7 @@ def rms_norm_row(x, offset, weight, size, eps, out, out_offset):
 
 @njit(nogil=True)
 def pack_tile(x, x_offset, x_stride, rows, size, out, out_offset, height):
-    """Rows of `x` stored as one tile of `out`."""
+    """Rows of `x` stored as one tile of `out`, or as part of one of `height` rows."""
     if height == 1:
         scale_row(x, x_offset, np.float32(1.0), out, out_offset, size)
         return
@@ -203,12 +208,12 @@ def panel_portion(claim, num_panels, least):
 
 @njit(nogil=True)
 def linear(
-    x, height, x_features, rows, in_features, panels, bias, bias_step, out, out_stride, epilogue, scratch, offsets,
+    x, x_features, rows, in_features, panels, bias, bias_step, out, out_stride, epilogue, scratch, offsets,
     counters, counter,
 ):  # fmt: skip
     """One thread's share of `out = x @ W^T + bias` with the given epilogue.
 
-    x: [tiles, x_features, height], of which the first `in_features` count. W: the panels. bias: float32, panel
+    x: in tiles of `x_features` features, of which the first `in_features` count. W: the panels. bias: float32, panel
     p's begins at p * bias_step; without one it is 4 * PANEL_WIDTH zeros and the step is 0. out: rows of `out_stride`;
     with SWIGLU it is stored in tiles of `out_stride` features as `x` is. Threads share the panels through
     `counters[counter]`, so a core that another process slows down takes fewer. `scratch` holds SCRATCH_SIZE float32,
@@ -220,7 +225,8 @@ def linear(
     panel_columns = VECTOR_WIDTH if epilogue == SWIGLU else PANEL_WIDTH
     # NOTE: together the tiles prefetch the next panel, so that the memory has all the time there is.
     line = CACHE_LINE // flat.itemsize
-    pace = -(-line * height // max(1, rows))
+    tiles = tile_count(rows)
+    pace = -(-line // max(1, tiles))
     fetched_by_tile = in_features * PANEL_WIDTH * pace // line
     side_by_side = 4 if rows == 1 else 2 if rows == 2 else 1
     while True:
@@ -239,7 +245,7 @@ def linear(
                     _short_product(
                         x, flat, offsets, in_features, fetch, bias, panel * bias_step, scratch, 0, width, rows, epilogue
                     )  # fmt: skip
-                    pack_tile(scratch, 0, width, rows, width, out, column * height, height)
+                    pack_tile(scratch, 0, width, rows, width, out, column * rows, rows)
                 else:
                     _short_product(
                         x,
@@ -257,26 +263,25 @@ def linear(
                     )
                 panel += side_by_side
                 continue
-            for top in range(0, rows, height):
-                n = min(height, rows - top)
-                fetch = panel_size + top // height * fetched_by_tile
+            for tile in range(tiles):
+                top, end = even_share(tile, tiles, rows)
+                n = end - top
+                fetch = panel_size + tile * fetched_by_tile
                 xo = top * x_features
                 if epilogue == SWIGLU:
                     _swiglu_tile(
-                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, pace, bias, panel * bias_step, 0,
+                        x, xo, n, flat, wo, PANEL_WIDTH, in_features, fetch, pace, bias, panel * bias_step, 0,
                         scratch, 0, VECTOR_WIDTH, n,
                     )  # fmt: skip
-                    pack_tile(
-                        scratch, 0, VECTOR_WIDTH, n, VECTOR_WIDTH, out, top * out_stride + column * height, height
-                    )
+                    pack_tile(scratch, 0, VECTOR_WIDTH, n, VECTOR_WIDTH, out, top * out_stride + column * n, n)
                 elif epilogue == ADD:
                     _accumulate_tile(
-                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, pace, bias, panel * bias_step, 0,
+                        x, xo, n, flat, wo, PANEL_WIDTH, in_features, fetch, pace, bias, panel * bias_step, 0,
                         out, top * out_stride + column, out_stride, n,
                     )  # fmt: skip
                 else:
                     dot_tile(
-                        x, xo, height, flat, wo, PANEL_WIDTH, in_features, fetch, pace, bias, panel * bias_step, 0,
+                        x, xo, n, flat, wo, PANEL_WIDTH, in_features, fetch, pace, bias, panel * bias_step, 0,
                         out, top * out_stride + column, out_stride, n,
                     )  # fmt: skip
             panel += 1

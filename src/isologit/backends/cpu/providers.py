@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -27,35 +26,36 @@ def packed_product(
     """One thread's `linear` with that epilogue into zeros; the columns of whole panels. bias: [rows of `weight`]."""
     panels = kernels.pack_weight(weight, storage)
     rows, features = x.shape
-    height = kernels.tile_height(rows)
     width = panels.shape[0] * (VECTOR_WIDTH if epilogue == kernels.SWIGLU else PANEL_WIDTH)
-    out = np.zeros((rows + height) * width, np.float32)
+    out = np.zeros(rows * width, np.float32)
     starts = np.zeros(max(4, panels.shape[0]) * PANEL_WIDTH, np.float32)
     if bias is not None:
         starts[: len(bias)] = bias.numpy()
     step = PANEL_WIDTH if bias is not None else 0
     kernels.linear(
-        _in_tiles(x, height), height, features, rows, features, panels, starts, step, out, width, epilogue,
+        _in_tiles(x), features, rows, features, panels, starts, step, out, width, epilogue,
         np.zeros(kernels.SCRATCH_SIZE, np.float32), np.zeros(8, np.int64), np.zeros(1, np.int64), 0,
     )  # fmt: skip
     if epilogue == kernels.SWIGLU:
-        return _from_tiles(out, height, rows, width)
-    return torch.from_numpy(out[: rows * width]).view(rows, width)
+        return _from_tiles(out, rows, width)
+    return torch.from_numpy(out).view(rows, width)
 
 
-def _in_tiles(x: torch.Tensor, height: int) -> np.ndarray:
-    """[T, F] -> [tiles, F, height] flat, as products read it; the last tile is filled up with NaN."""
-    rows, features = x.shape
-    padded = torch.full((-(-rows // height) * height, features), math.nan)
-    padded[:rows] = x
-    return padded.view(-1, height, features).transpose(1, 2).reshape(-1).numpy()
+def _tiles(rows: int) -> list[tuple[int, int]]:
+    """First row and last + 1 of each tile."""
+    tiles = kernels.tile_count(rows)
+    return [kernels.even_share(tile, tiles, rows) for tile in range(tiles)]
 
 
-def _from_tiles(x: np.ndarray, height: int, rows: int, features: int) -> torch.Tensor:
+def _in_tiles(x: torch.Tensor) -> np.ndarray:
+    """[T, F] -> for each tile [F, its rows], flat, as products read it."""
+    return torch.cat([x[top:end].T.reshape(-1) for top, end in _tiles(len(x))]).numpy()
+
+
+def _from_tiles(x: np.ndarray, rows: int, features: int) -> torch.Tensor:
     """The inverse of `_in_tiles`."""
-    tiles = -(-rows // height)
-    tiled = torch.from_numpy(x[: tiles * height * features]).view(tiles, features, height)
-    return tiled.transpose(1, 2).reshape(-1, features)[:rows]
+    flat = torch.from_numpy(x)
+    return torch.cat([flat[top * features : end * features].view(features, -1).T for top, end in _tiles(rows)])
 
 
 def rms_norm_numba(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -64,8 +64,8 @@ def rms_norm_numba(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     out, scales = np.zeros(x.numel(), np.float32), np.zeros(rows, np.float32)
     places = np.arange(rows) * width
     scratch = np.zeros(rows * VECTOR_WIDTH, np.float32)
-    kernels.rms_norm_tile(_flat(x), places, rows, weight.numpy(), width, np.float32(eps), out, 0, rows, scales, scratch)
-    return _from_tiles(out, rows, rows, width)
+    kernels.rms_norm_tile(_flat(x), places, rows, weight.numpy(), width, np.float32(eps), out, 0, scales, scratch)
+    return torch.from_numpy(out).view(width, rows).T
 
 
 def swiglu_numba(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from isologit.backends.cpu.kernels import dot_short, panel_count, panel_portion
+from isologit.backends.cpu.kernels import dot_short, even_share, panel_count, panel_portion, tile_count
 from isologit.backends.cpu.memory import aligned
 from isologit.backends.cpu.simd import BYTE_PRODUCTS, PANEL_WIDTH, WORDS_OF_FOUR, atomic_add
 from isologit.backends.cpu.tiles import bound_tile
@@ -140,7 +140,7 @@ _UP = 1.0 + 1e-6  # more than rounding to float32 can take away
 
 
 @njit(nogil=True)
-def bound_panels(x, height, rows, weights, columns, rows_to_take, factors, tops, counters, counter):
+def bound_panels(x, rows, weights, columns, rows_to_take, factors, tops, counters, counter):
     """One thread's share of the largest upper bound of each panel for each row: `tops` [panels, rows], flat.
 
     x: int32, the rows' integers in tiles. Threads share the panels through `counters[counter]`, as in `linear`.
@@ -148,18 +148,20 @@ def bound_panels(x, height, rows, weights, columns, rows_to_take, factors, tops,
     num_panels, depth = weights.shape[0], weights.shape[1]
     flat, column_flat = weights.reshape(-1), columns.reshape(-1)
     panel_size = depth * PANEL_WIDTH
-    pace = -(-16 * height // max(1, rows))
+    tiles = tile_count(rows)
+    pace = -(-16 // max(1, tiles))
     fetched_by_tile = depth * PANEL_WIDTH * pace // 16
     while True:
         first, last = panel_portion(atomic_add(counters, counter, 1), num_panels, 1)
         if first >= num_panels:
             break
         for panel in range(first, last):
-            for top in range(0, rows, height):
+            for tile in range(tiles):
+                top, end = even_share(tile, tiles, rows)
                 bound_tile(
-                    x, top * depth * WORDS_OF_FOUR, height * WORDS_OF_FOUR, flat, panel * panel_size, depth,
-                    panel_size + top // height * fetched_by_tile, pace, column_flat, panel * 3 * PANEL_WIDTH,
-                    rows_to_take, factors, top, tops, panel * rows + top, min(height, rows - top),
+                    x, top * depth * WORDS_OF_FOUR, (end - top) * WORDS_OF_FOUR, flat, panel * panel_size, depth,
+                    panel_size + tile * fetched_by_tile, pace, column_flat, panel * 3 * PANEL_WIDTH,
+                    rows_to_take, factors, top, tops, panel * rows + top, end - top,
                 )  # fmt: skip
 
 

@@ -64,7 +64,6 @@ def scratch_shapes(config: ModelConfig, max_model_len: int, num_threads: int, nu
     heads_size = c.num_attention_heads * c.head_dim
     residual = (tokens, round_up(c.hidden_size, PANEL_WIDTH))
     qkv_panels = panel_count(heads_size + 2 * c.num_key_value_heads * c.head_dim)
-    tiled = tiled_rows(num_tokens, num_threads)
     context = round_up(max_model_len, PANEL_WIDTH) + PANEL_WIDTH
     return {
         "residual": (residual, np.float32),
@@ -73,9 +72,9 @@ def scratch_shapes(config: ModelConfig, max_model_len: int, num_threads: int, nu
         "kept_residual": (residual, np.float32),
         "kept_attended": ((tokens, heads_size), np.float32),
         "final": ((tokens, c.hidden_size), np.float32),
-        "normed": ((tiled * c.hidden_size,), np.float32),
-        "packed": ((tiled * heads_size,), np.float32),
-        "gated": ((tiled * round_up(c.intermediate_size, VECTOR_WIDTH),), np.float32),
+        "normed": ((tokens * c.hidden_size,), np.float32),
+        "packed": ((tokens * heads_size,), np.float32),
+        "gated": ((tokens * round_up(c.intermediate_size, VECTOR_WIDTH),), np.float32),
         "queries": ((num_threads, tile_rows * value_width(c)), np.float32),
         "scores": ((num_threads, tile_rows, context), np.float32),
         "weights": ((num_threads, tile_rows * context), np.float32),
@@ -91,17 +90,12 @@ def choice_shapes(config: ModelConfig, num_threads: int, num_tokens: int) -> Sha
     """The fields of `arguments.ChoiceScratch` but `row_words`."""
     panels = panel_count(config.vocab_size)
     return {
-        "row_integers": ((tiled_rows(num_tokens, num_threads) * config.hidden_size,), ROW_DTYPE),
+        "row_integers": ((num_tokens * config.hidden_size,), ROW_DTYPE),
         "rows_to_take": ((num_tokens,), np.int32),
         "factors": ((num_tokens, 3), np.float32),
         "tops": ((num_tokens * panels,), np.float32),
         "row_tops": ((num_threads, round_up(panels, TILE_ROWS)), np.float32),
     }
-
-
-def tiled_rows(num_tokens: int, num_threads: int) -> int:
-    """Rows of what products read: it lies in tiles, and the last tile of each part may be only partly filled."""
-    return num_tokens + TILE_ROWS * num_threads
 
 
 def nbytes(shapes: Shapes) -> int:

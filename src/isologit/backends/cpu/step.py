@@ -18,6 +18,7 @@ from isologit.backends.cpu.kernels import (
     ZEROS,
     argmax_row,
     barrier,
+    even_share,
     head_columns,
     linear,
     log_normaliser_row,
@@ -25,11 +26,11 @@ from isologit.backends.cpu.kernels import (
     rms_norm_row,
     rms_norm_tile,
     rotate_and_cache,
-    tile_height,
+    tile_count,
     wait_until,
 )
 from isologit.backends.cpu.shortlist import NOT_PICKED, bound_panels, pick_row, quantise_row
-from isologit.backends.cpu.simd import TILE_ROWS, VECTOR_WIDTH, WORDS_OF_FOUR, atomic_add, monotonic_ns
+from isologit.backends.cpu.simd import VECTOR_WIDTH, WORDS_OF_FOUR, atomic_add, monotonic_ns
 
 COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, attention, output, gate-up, down
 COUNTERS_PER_PART = 4  # in `choose_rows`: whether it is ready, panels, threads that are busy with them, rows
@@ -49,19 +50,14 @@ def _count(thread, clock, phase):
 
 
 @njit(nogil=True)
-def _norm_rows(thread, num_threads, source, stride, rows, weight, size, eps, out, height, places, scales, scratch):
+def _norm_rows(thread, num_threads, source, stride, rows, weight, size, eps, out, places, scales, scratch):
     """Norm of `rows` rows; a thread takes whole tiles."""
-    for top in range(thread * height, rows, num_threads * height):
-        n = min(height, rows - top)
-        for r in range(n):
+    tiles = tile_count(rows)
+    for tile in range(thread, tiles, num_threads):
+        top, end = even_share(tile, tiles, rows)
+        for r in range(end - top):
             places[r] = (top + r) * stride
-        rms_norm_tile(source, places, n, weight, size, eps, out, top * size, height, scales, scratch)
-
-
-@njit(nogil=True)
-def _share(part, num_parts, count):
-    """First and last + 1 of the part's even share of `count`."""
-    return part * count // num_parts, (part + 1) * count // num_parts
+        rms_norm_tile(source, places, end - top, weight, size, eps, out, top * size, scales, scratch)
 
 
 @njit(nogil=True, cache=True)
@@ -79,16 +75,16 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
     positions, slots, block_tables, logits_rows = work.positions, work.slots, work.block_tables, work.logits_rows
     tiles, items, written_first = work.tiles, work.items, work.written_first
     rows, num_logits = work.token_ids.shape[0], logits_rows.shape[0]
-    height = tile_height(rows)
+    row_tiles = tile_count(rows)
     gated_features = weights.gate_up.shape[1] * VECTOR_WIDTH
-    first_row, tiled = work.first_row, work.first_row + part * TILE_ROWS
+    first_row = work.first_row
     residual = scratch.residual[first_row : first_row + rows]
     attended = scratch.attended[first_row : first_row + rows]
     kept_residual = scratch.kept_residual[first_row : first_row + rows]
     kept_attended = scratch.kept_attended[first_row : first_row + rows]
     final_flat = scratch.final[work.first_logit : work.first_logit + num_logits].reshape(-1)
-    normed, packed = scratch.normed[tiled * hidden :], scratch.packed[tiled * heads_size :]
-    gated = scratch.gated[tiled * gated_features :]
+    normed, packed = scratch.normed[first_row * hidden :], scratch.packed[first_row * heads_size :]
+    gated = scratch.gated[first_row * gated_features :]
     stride, qkv_stride = residual.shape[1], scratch.qkv.shape[1]
     residual_flat, attended_flat = residual.reshape(-1), attended.reshape(-1)
     qkv_flat = scratch.qkv[first_row : first_row + rows].reshape(-1)
@@ -101,8 +97,9 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
     counter = COUNTER_STRIDE  # NOTE: the first one is the barrier's
     if thread == 0:
         clock[-1] = monotonic_ns()
-    for top in range(thread * height, rows, num_threads * height):
-        for r in range(top, min(rows, top + height)):
+    for tile in range(thread, row_tiles, num_threads):
+        top, end = even_share(tile, row_tiles, rows)
+        for r in range(top, end):
             for i in range(hidden):
                 residual[r, i] = weights.embedding[work.token_ids[r], i]
     last_layer = weights.qkv.shape[0] - 1
@@ -114,7 +111,7 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
             _count(thread, clock, _DOWN)
         _norm_rows(
             thread, num_threads, residual_flat, stride, rows, weights.input_norms[layer], hidden, eps,
-            normed, height, offsets, sums, rows_scratch,
+            normed, offsets, sums, rows_scratch,
         )  # fmt: skip
         barrier(counters, num_threads)
         _count(thread, clock, _ELEMENTWISE)
@@ -126,7 +123,7 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
         if by_head:
             head_results = attended_flat if fewer else packed
             projecting = project_and_attend(
-                normed, height, hidden, rows, weights.qkv[layer], weights.qkv_bias[layer], shape.qkv_bias_step,
+                normed, hidden, rows, weights.qkv[layer], weights.qkv_bias[layer], shape.qkv_bias_step,
                 scratch.head_rows[own], positions, slots, tiles, written_first, block_tables, group, num_kv_heads,
                 head_dim, value_width, cos, sin, layer_kv, head_results, heads_size, not fewer, queries, scores,
                 scores_stride, softmaxed, sums, rows_scratch, offsets, scratch.chunks[own], num_threads, counters,
@@ -134,7 +131,7 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
             )  # fmt: skip
         else:
             linear(
-                normed, height, hidden, rows, hidden, weights.qkv[layer], weights.qkv_bias[layer],
+                normed, hidden, rows, hidden, weights.qkv[layer], weights.qkv_bias[layer],
                 shape.qkv_bias_step, qkv_flat, qkv_stride, STORE, rows_scratch, offsets, counters, counter,
             )  # fmt: skip
             counter += COUNTER_STRIDE
@@ -143,7 +140,7 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
             # NOTE: keys and values are written just before they are first read, when the cache line is there already.
             # Only tokens that other tiles look back to must be written by all before any goes on.
             if written_first.shape[0]:
-                first, last = _share(thread, num_threads, num_kv_heads)
+                first, last = even_share(thread, num_threads, num_kv_heads)
                 for sequence in range(written_first.shape[0]):
                     place = written_first[sequence, 0] * qkv_stride
                     for head in range(first, last):
@@ -168,24 +165,26 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
             clock[_QKV] += projecting
         # NOTE: tiles are dealt to threads in the same way twice, so no barrier is needed between.
         if fewer:
-            rows, height = num_logits, tile_height(num_logits)
-            for top in range(thread * height, rows, num_threads * height):
-                for r in range(top, min(rows, top + height)):
+            rows, row_tiles = num_logits, tile_count(num_logits)
+            for tile in range(thread, row_tiles, num_threads):
+                top, end = even_share(tile, row_tiles, rows)
+                for r in range(top, end):
                     for i in range(hidden):
                         kept_residual[r, i] = residual[logits_rows[r], i]
                     for i in range(heads_size):
                         kept_attended[r, i] = attended[logits_rows[r], i]
             residual_flat, attended_flat = kept_residual.reshape(-1), kept_attended.reshape(-1)
         if fewer or not by_head:
-            for top in range(thread * height, rows, num_threads * height):
+            for tile in range(thread, row_tiles, num_threads):
+                top, end = even_share(tile, row_tiles, rows)
                 pack_tile(
-                    attended_flat, top * heads_size, heads_size, min(height, rows - top), heads_size,
-                    packed, top * heads_size, height,
+                    attended_flat, top * heads_size, heads_size, end - top, heads_size,
+                    packed, top * heads_size, end - top,
                 )  # fmt: skip
             barrier(counters, num_threads)
             _count(thread, clock, _ELEMENTWISE)
         linear(
-            packed, height, heads_size, rows, heads_size, weights.out[layer], weights.out_bias[layer],
+            packed, heads_size, rows, heads_size, weights.out[layer], weights.out_bias[layer],
             shape.out_bias_step, residual_flat, stride, ADD, rows_scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
@@ -193,19 +192,19 @@ def run_step(thread, num_threads, part, shape, weights, work, scratch, kv, clock
         _count(thread, clock, _OUTPUT)
         _norm_rows(
             thread, num_threads, residual_flat, stride, rows, weights.post_norms[layer], hidden, eps,
-            normed, height, offsets, sums, rows_scratch,
+            normed, offsets, sums, rows_scratch,
         )  # fmt: skip
         barrier(counters, num_threads)
         _count(thread, clock, _ELEMENTWISE)
         linear(
-            normed, height, hidden, rows, hidden, weights.gate_up[layer], weights.gate_up_bias[layer],
+            normed, hidden, rows, hidden, weights.gate_up[layer], weights.gate_up_bias[layer],
             shape.gate_up_bias_step, gated, gated_features, SWIGLU, rows_scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
         barrier(counters, num_threads)
         _count(thread, clock, _GATE_UP)
         linear(
-            gated, height, gated_features, rows, shape.intermediate, weights.down[layer], weights.down_bias[layer],
+            gated, gated_features, rows, shape.intermediate, weights.down[layer], weights.down_bias[layer],
             shape.down_bias_step, residual_flat, stride, ADD, rows_scratch, offsets, counters, counter,
         )  # fmt: skip
         counter += COUNTER_STRIDE
@@ -238,22 +237,24 @@ def choose_rows(
     for turn in range(num_parts):
         part = (thread + turn) % num_parts
         first, last = first_picked[part], first_picked[part + 1]
-        rows, height = last - first, tile_height(last - first)
+        rows, tiles = last - first, tile_count(last - first)
         part_picked = picked[first:last]
-        part_integers = choice.row_integers[(first + part * TILE_ROWS) * hidden :]
-        part_words = choice.row_words[(first + part * TILE_ROWS) * hidden // 4 * WORDS_OF_FOUR :]
+        part_integers = choice.row_integers[first * hidden :]
+        part_words = choice.row_words[first * hidden // 4 * WORDS_OF_FOUR :]
         part_take, part_factors = choice.rows_to_take[first:last], choice.factors[first:last]
         part_tops = choice.tops[first * num_panels : last * num_panels]
         ready = COUNTER_STRIDE * (1 + COUNTERS_PER_PART * part)
         panel, busy, row = ready + COUNTER_STRIDE, ready + 2 * COUNTER_STRIDE, ready + 3 * COUNTER_STRIDE
         if thread == part:
-            for top in range(0, rows, height):
-                for r in range(top, min(rows, top + height)):
+            for tile in range(tiles):
+                top, end = even_share(tile, tiles, rows)
+                for r in range(top, end):
                     place = (top * hidden // 4 + (r - top)) * 4
                     chosen[part_picked[r]] = 0
                     if not quantise_row(
-                        flat, part_picked[r] * hidden, hidden, part_integers, place, height, part_take, part_factors, r
-                    ):
+                        flat, part_picked[r] * hidden, hidden, part_integers, place, end - top, part_take,
+                        part_factors, r,
+                    ):  # fmt: skip
                         chosen[part_picked[r]] = NOT_PICKED
             atomic_add(shared, ready, 1)
             _count(thread, clock, _ELEMENTWISE)
@@ -262,7 +263,7 @@ def choose_rows(
             _count(thread, clock, _WAIT)
         atomic_add(shared, busy, 1)
         bound_panels(
-            part_words, height, rows, head.byte_weights, head.byte_columns, part_take, part_factors, part_tops, shared,
+            part_words, rows, head.byte_weights, head.byte_columns, part_take, part_factors, part_tops, shared,
             panel,
         )  # fmt: skip
         # NOTE: whoever comes here now finds no panel left, so the bounds are complete when nobody is busy.
@@ -301,17 +302,18 @@ def project_rows(thread, num_threads, counters, final, head_panels, vocab, scrat
     """
     scratch = Scratch(*scratch)
     rows, hidden = final.shape
-    height = tile_height(rows)
+    tiles = tile_count(rows)
     final_flat, logits_flat = final.reshape(-1), logits.reshape(-1)
     normed = scratch.normed
     if thread == 0:
         clock[-1] = monotonic_ns()
-    for top in range(thread * height, rows, num_threads * height):
-        pack_tile(final_flat, top * hidden, hidden, min(height, rows - top), hidden, normed, top * hidden, height)
+    for tile in range(thread, tiles, num_threads):
+        top, end = even_share(tile, tiles, rows)
+        pack_tile(final_flat, top * hidden, hidden, end - top, hidden, normed, top * hidden, end - top)
     barrier(counters, num_threads)
     _count(thread, clock, _ELEMENTWISE)
     linear(
-        normed, height, hidden, rows, hidden, head_panels, scratch.rows[thread][ZEROS:], 0, logits_flat,
+        normed, hidden, rows, hidden, head_panels, scratch.rows[thread][ZEROS:], 0, logits_flat,
         logits.shape[1], STORE, scratch.rows[thread], scratch.offsets[thread], counters, COUNTER_STRIDE,
     )  # fmt: skip
     barrier(counters, num_threads)
