@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 import isologit
 import isologit.judge
-from isologit.common.cache_folder import cache_folder
 from isologit.common.environment import describe_environment
 from isologit.common.files import write_json
 from isologit.judge.audits.base import Case
 from isologit.judge.audits.fingerprint import MEAN_FACTOR, TOKEN_FACTOR, expected_differences
+from isologit.judge.build import build_entry
 from isologit.judge.canary import canary_seconds, peak_flop_per_s
-from isologit.judge.entry import Entry
+from isologit.judge.entry import ENTRY_FILE, Entry
 from isologit.judge.evidence import RunEvidence, RunKind
 from isologit.judge.perturb import perturbed_model
 from isologit.judge.profile import Limits, Load, Profile, Prompts
@@ -45,7 +46,8 @@ from isologit.text.tokenizer import load_tokenizer
 from isologit.workload import demo_model_path
 
 _RESULT = Path(__file__).parent / "results" / "judge-honest-runs.json"
-_NUMPY = Path(isologit.judge.__file__).parent / "examples" / "numpy"
+_EXAMPLES = Path(isologit.judge.__file__).parent / "examples"
+_NUMPY = _EXAMPLES / "numpy"
 _KINDS: tuple[RunKind, ...] = ("timed", "held-out", "twins", "probed", "perturbed") * 2
 _LEAST_TOKENS = 200  # for an average
 _PROFILE = Profile(
@@ -119,23 +121,18 @@ class _Judge:
         self._reference = JudgeReference(demo_model_path())
 
     def entry(self, variant: str) -> Entry:
-        """An entry's folder. Our server gets its compiled kernels along, or it would make them at each start."""
+        """An entry's folder; our server's is the bundled one with more options, and the package of this process."""
         folder = self._new_folder()
         if variant == "numpy":
             shutil.copytree(_NUMPY, folder)
             return Entry(folder)
         folder.mkdir()
-        shutil.copytree(cache_folder(), folder / "kernels", ignore=shutil.ignore_patterns("weights*"))
-        source = Path(isologit.__file__).parent.parent
-        line = (
-            f"cp -r {{entry}}/kernels /tmp/kernels && PYTHONPATH={source} NUMBA_CACHE_DIR=/tmp/kernels exec {{python}} "
-            f"-m isologit serve --model {{model}} --port {{port}} --commit {variant}"
-        )
-        about = {
-            "name": variant, "command": ["sh", "-c", line], "served_model": "tgi", "commit": True,
-            "techniques": ["an honest engine"],
-        }  # fmt: skip
-        (folder / "entry.yaml").write_text(json.dumps(about))
+        about = yaml.safe_load((_EXAMPLES / "isologit" / ENTRY_FILE).read_text())
+        package = f"export PYTHONPATH={Path(isologit.__file__).parent.parent};"
+        about["name"] = variant
+        about["build"][-1] = f"{package} {about['build'][-1]}"
+        about["command"][-1] = f"{package} {about['command'][-1].strip()} {variant}"
+        (folder / ENTRY_FILE).write_text(json.dumps(about))
         return Entry(folder)
 
     def group(self, entry: Entry, kinds: tuple[RunKind, ...] = _KINDS) -> Case:
@@ -144,6 +141,8 @@ class _Judge:
         changed = self._new_folder()
         perturbed_model(demo_model_path(), changed, seed.generator("perturbed", 0))
         other = JudgeReference(changed)
+        # NOTE: what our server's variants build is the same for all of them.
+        built = build_entry(entry, demo_model_path(), _PROFILE.limits, self._folder / "build", practice=False)
         runs: list[RunEvidence] = []
         for place, kind in enumerate(kinds):
             spec = RunSpec("r", f"{self._groups}-{kind}-{place}", kind, place, 1, entry.sha256())
@@ -151,7 +150,7 @@ class _Judge:
             work = self._new_folder()
             work.mkdir()
             before = canary_seconds()
-            run, _ = perform_run(spec, entry, _PROFILE, prompts, model, seed, work, practice=False)
+            run, _ = perform_run(spec, entry, _PROFILE, prompts, model, seed, work, practice=False, build=built)
             run.canary_s, run.peak_flop_per_s = (before, canary_seconds()), peak_flop_per_s()
             runs.append(run)
         perturbed = {run.run_id: other for run in runs if run.kind == "perturbed"}
