@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isologit.backends.batch import FlatBatch
-from isologit.backends.cpu.work import attention_work, split
+from isologit.backends.cpu.work import Costs, attention_work, split
 
 _SEQUENCES = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 500)), min_size=1, max_size=12)
 
@@ -91,9 +91,12 @@ def test_sequences_of_one_tile_each_are_dealt_as_any_others(
         assert getattr(quick, name).flags.c_contiguous
 
 
-@given(_SEQUENCES, st.integers(1, 4), st.floats(0, 0.1), st.data())
+_COSTS = st.builds(Costs, st.floats(0, 0.1), st.floats(0, 0.01), st.floats(0, 0.5))
+
+
+@given(_SEQUENCES, st.integers(1, 4), _COSTS, st.data())
 def test_parts_are_whole_sequences_of_about_the_same_cost(
-    sequences: list[tuple[int, int]], num_parts: int, rows_per_token: float, data: st.DataObject
+    sequences: list[tuple[int, int]], num_parts: int, costs: Costs, data: st.DataObject
 ) -> None:
     batch = _batch(sequences)
     rows = len(batch.token_ids)
@@ -104,7 +107,7 @@ def test_parts_are_whole_sequences_of_about_the_same_cost(
         logits_rows=np.array(wanted, np.int64),
         logits_wanted=np.array(wanted, np.int64) % 3 == 0,
     )
-    parts = split(batch, num_parts, rows_per_token)
+    parts = split(batch, num_parts, costs)
     if parts[0] is batch:
         return
     assert len(parts) == num_parts
@@ -117,16 +120,23 @@ def test_parts_are_whole_sequences_of_about_the_same_cost(
         assert first_row.tolist() == (np.cumsum(counts) - counts).tolist()
         assert counts.sum() == len(part.token_ids)
     assert np.concatenate([part.sequences[:, 1:] for part in parts]).tolist() == batch.sequences[:, 1:].tolist()
-    costs = [
-        sum(count * (1 + rows_per_token * (start + count)) for _, count, start in part.sequences) for part in parts
-    ]
-    assert max(costs) <= 1.1001 * sum(costs) / num_parts
+    each = [costs.of(part).sum() for part in parts]
+    assert np.isclose(sum(each), costs.of(batch).sum())
+    assert max(each) <= 1.1001 * sum(each) / num_parts
+
+
+def test_what_a_sequence_costs() -> None:
+    """Keys and values are read once, each row attends to those before it, rows without logits skip a part."""
+    batch = replace(_batch([(3, 10), (1, 20)]), logits_rows=np.array([2, 3]))
+    assert Costs(0.1).of(batch).tolist() == [3 + 1.3, 1 + 2.1]
+    assert np.allclose(Costs(0, attend=0.1).of(batch), [3 + 1.1 + 1.2 + 1.3, 1 + 2.1])
+    assert np.allclose(Costs(0, skipped=0.25).of(batch), [3 - 0.5, 1])
 
 
 def test_sequences_that_cannot_be_dealt_evenly_stay_together() -> None:
     batch = _batch([(300, 0), (20, 0), (20, 0)])
-    assert split(batch, 2, 0.01)[0] is batch
-    assert len(split(_batch([(20, 0)] * 6), 3, 0.01)) == 3
+    assert split(batch, 2, Costs(0.01))[0] is batch
+    assert len(split(_batch([(20, 0)] * 6), 3, Costs(0.01))) == 3
 
 
 def test_the_longest_item_comes_first() -> None:

@@ -24,7 +24,7 @@ from isologit.backends.cpu.memory import zeros
 from isologit.backends.cpu.packing import PackedWeights
 from isologit.backends.cpu.product_rate import product_rate
 from isologit.backends.cpu.shortlist import NOT_PICKED
-from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS
+from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
 from isologit.backends.cpu.sizes import (
     TABLES,
     Shapes,
@@ -45,7 +45,7 @@ from isologit.backends.cpu.step import (
     project_rows,
     run_step,
 )
-from isologit.backends.cpu.work import attention_work, split
+from isologit.backends.cpu.work import Costs, attention_work, split
 from isologit.backends.rope import rope_inv_freq
 from isologit.checkpoints.checkpoint import Checkpoint
 from isologit.common.memory import free_memory
@@ -54,7 +54,7 @@ from isologit.config import ModelConfig
 _PAYING_PANELS = 20  # computed for each row, and a quarter of all once: so many cost less than the whole product
 _PAUSE_STEPS = 64  # without bounds after a step that computed more
 _LEAST_ROWS_APART = 2 * TILE_ROWS  # of a thread's own part of a step: with fewer, weights are what it waits for
-_FLOP_PER_BYTE = 5.0  # what a thread computes in the time in which it reads a byte of keys or values
+_FLOP_PER_BYTE = 5 / 8 * VECTOR_WIDTH  # what a thread computes in the time in which it reads a byte of keys or values
 
 
 class CPUBackend:
@@ -123,6 +123,7 @@ class CPUBackend:
             cos=cos,
             sin=sin,
         )
+        self._costs = self._find_costs()
         self.allocate_kv(0)
         self.reserve(1)
 
@@ -290,17 +291,17 @@ class CPUBackend:
         """One for each thread, or the whole batch for all."""
         if self.num_threads == 1 or len(batch.token_ids) < _LEAST_ROWS_APART * self.num_threads:
             return [batch]
-        parts = split(batch, self.num_threads, self._rows_per_token())
+        parts = split(batch, self.num_threads, self._costs)
         return parts if min(len(part.token_ids) for part in parts) >= _LEAST_ROWS_APART else [batch]
 
-    def _rows_per_token(self) -> float:
-        """What a token of context costs, relative to a row."""
-        c = self.config
-        parameters = sum(
-            array.size for array in (self._weights.qkv, self._weights.out, self._weights.gate_up, self._weights.down)
-        )
-        read = 4 * c.num_hidden_layers * c.num_key_value_heads * (c.head_dim + self._shape.value_width)
-        return _FLOP_PER_BYTE * read / (2 * parameters)
+    def _find_costs(self) -> Costs:
+        """Of this model's sequences."""
+        c, w = self.config, self._weights
+        each_row = 2 * sum(array.size for array in (w.qkv, w.out, w.gate_up, w.down))  # FLOP
+        read = 4 * c.num_hidden_layers * c.num_key_value_heads * (c.head_dim + self._shape.value_width)  # bytes
+        attend = 2 * c.num_hidden_layers * c.num_attention_heads * (c.head_dim + self._shape.value_width)  # FLOP
+        skipped = 2 * sum(array[0].size for array in (w.out, w.gate_up, w.down))  # FLOP
+        return Costs(read=_FLOP_PER_BYTE * read / each_row, attend=attend / each_row, skipped=skipped / each_row)
 
     def _work(self, part: FlatBatch, first_row: int, first_logit: int, num_threads: int) -> Work:
         """What `run_step` computes of a part of a step, whose rows begin at these numbers, with so many threads."""

@@ -29,14 +29,36 @@ class AttentionWork:
     written_first: np.ndarray
 
 
-def split(batch: FlatBatch, num_parts: int, rows_per_token: float) -> list[FlatBatch]:
+@dataclass(frozen=True)
+class Costs:
+    """What a sequence of a thread's own part takes, as multiples of the products of one row.
+
+    read: keys and values of a token from memory, once for all rows of the sequence. attend: a row's arithmetic with
+    a token before it. skipped: what a row without logits saves in the last layer.
+    """
+
+    read: float
+    attend: float = 0.0
+    skipped: float = 0.0
+
+    def of(self, batch: FlatBatch) -> np.ndarray:
+        """Of each sequence of a batch, float64."""
+        first_row, counts, position = batch.sequences.T
+        first_logit, last_logit = np.searchsorted(batch.logits_rows, (first_row, first_row + counts))
+        products = counts - self.skipped * (counts - (last_logit - first_logit))
+        cost: np.ndarray = (
+            products + self.read * (position + counts) + self.attend * counts * (position + (counts + 1) / 2)
+        )
+        return cost
+
+
+def split(batch: FlatBatch, num_parts: int, costs: Costs) -> list[FlatBatch]:
     """`num_parts` batches that follow each other, of whole sequences and about the same cost, or this one alone.
 
-    rows_per_token: what a token of a row's context costs, relative to the row. `argmax` and `final` of the parts'
-    steps, one after the other, are those of this batch.
+    `argmax` and `final` of the parts' steps, one after the other, are those of this batch.
     """
-    first_row, counts, position = batch.sequences.T
-    cost = np.append(0.0, np.cumsum(counts * (1 + rows_per_token * (position + counts))))
+    first_row, counts, _ = batch.sequences.T
+    cost = np.append(0.0, np.cumsum(costs.of(batch)))
     wanted = cost[-1] * np.arange(num_parts + 1) / num_parts
     bounds = np.abs(cost - wanted[:, None]).argmin(axis=1)
     if np.diff(cost[bounds]).max() > _UNEVEN * wanted[1]:
