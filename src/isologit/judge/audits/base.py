@@ -60,36 +60,43 @@ class Case:
         size = self.reference.vocab_size
         return (r for r in self.completed(run) if min(r.token_ids) >= 0 and max(r.token_ids) < size)
 
+    def num_tokens(self, run: RunEvidence) -> tuple[int, int]:
+        """Tokens of the prompts that were answered, and of the answers."""
+        answered = [record for record in run.records if record.token_ids]
+        prompts = sum(len(self.reference.prompt_ids(record.prompt)) for record in answered)
+        return prompts, sum(len(record.token_ids) for record in answered)
+
 
 def time_ratio(
-    ours: Sequence[RunEvidence], theirs: Sequence[RunEvidence], toward: Callable[..., float]
+    case: Case, ours: Sequence[RunEvidence], theirs: Sequence[RunEvidence], toward: Callable[..., float]
 ) -> float | None:
-    """Time per output token of some runs over that of others; None where either has none.
+    """Time per token, of prompts and answers, of some runs over that of others; None where either has none.
 
+    Prompts count because other prompts get other answers: where these are shorter, prompts are more of the work.
     Of what varies, that which speaks for the entry is taken. `toward` min: the fastest of ours over their median, by
     the clock or by processor time, whichever is less; max: the slowest, whichever is more. Other programs on the
     machine slow a run or two, and one clock more than the other; what an entry does is in all runs and in both.
     """
     ratios = []
-    for of in (_clock, _processor):
-        first = [value for run in ours if (value := of(run)) is not None]
-        second = [value for run in theirs if (value := of(run)) is not None]
+    for seconds in (_clock, _processor):
+        first = [value for run in ours if (value := _per_token(case, run, seconds(run))) is not None]
+        second = [value for run in theirs if (value := _per_token(case, run, seconds(run))) is not None]
         if first and second:
             ratios.append(toward(first) / median(second))
     return toward(ratios) if ratios else None
 
 
 def _clock(run: RunEvidence) -> float | None:
-    return _per_token(run, run.duration_s)
+    return run.duration_s
 
 
 def _processor(run: RunEvidence) -> float | None:
-    return _per_token(run, run.process.run_cpu_s)
+    return run.process.run_cpu_s
 
 
-def _per_token(run: RunEvidence, seconds: float | None) -> float | None:
-    tokens = sum(len(record.token_ids) for record in run.records)
-    return seconds / tokens if seconds and tokens else None
+def _per_token(case: Case, run: RunEvidence, seconds: float | None) -> float | None:
+    prompts, outputs = case.num_tokens(run)
+    return seconds / (prompts + outputs) if seconds and outputs else None
 
 
 class Audit(Protocol):

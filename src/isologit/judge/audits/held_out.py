@@ -7,7 +7,7 @@ from isologit.judge.evidence import RunKind
 
 
 class HeldOut:
-    """Seconds per output token of a secret set against the timed runs: as many requests of the same lengths, so that an
+    """Seconds per token of a secret set against the timed runs: as many requests of the same lengths, so that an
     entry cannot be honest only where it is checked."""
 
     name = "held_out"
@@ -16,7 +16,7 @@ class HeldOut:
 
     def verify(self, case: Case) -> list[Finding]:
         """Held-out prompts that take longer by more than the profile's ratio."""
-        ratio = time_ratio(case.of("held-out"), case.of("timed"), min)
+        ratio = time_ratio(case, case.of("held-out"), case.of("timed"), min)
         if ratio is None or ratio <= case.profile.held_out_ratio:
             return []
         message = (

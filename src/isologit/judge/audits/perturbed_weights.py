@@ -31,7 +31,7 @@ class PerturbedWeights:
                         wrong.index,
                     )
                 )
-        slower = time_ratio(case.of("perturbed"), case.of("timed"), min)
+        slower = time_ratio(case, case.of("perturbed"), case.of("timed"), min)
         if slower is not None and slower > _SLOWER and not found:
             message = f"with changed weights a token took {slower:.2f} times as long as in the timed runs"
             found.append(Finding("perturbed_weights.time", message, case.of("perturbed")[0].run_id))

@@ -23,7 +23,7 @@ class Restart:
             if not run.process.scratch_was_empty:
                 return [Finding("restart.scratch", "the scratch folder was not empty when the run began", run.run_id)]
         runs = case.of("timed")
-        ratios = [time_ratio(runs[1:], firsts, max) for firsts in (runs[:1], case.of("held-out")[:1])]
+        ratios = [time_ratio(case, runs[1:], firsts, max) for firsts in (runs[:1], case.of("held-out")[:1])]
         ratio = max((ratio for ratio in ratios if ratio is not None), default=None)
         if ratio is None or ratio >= case.profile.twin_ratio:
             return []

@@ -7,7 +7,7 @@ from isologit.judge.evidence import RunKind
 
 
 class Twins:
-    """Seconds per output token when prompts repeat, against as many different ones."""
+    """Seconds per token when prompts repeat, against as many different ones."""
 
     name = "twins"
     title = "a repeated prompt is computed again"
@@ -18,7 +18,7 @@ class Twins:
 
         Reuse of a prompt's keys and values is honest, and can save as much as the prompts are of all tokens.
         """
-        ratio = time_ratio(case.of("twins"), case.of("timed"), max)
+        ratio = time_ratio(case, case.of("twins"), case.of("timed"), max)
         least = case.profile.twin_ratio * _output_share(case)
         if ratio is None or ratio >= least:
             return []
@@ -31,11 +31,8 @@ class Twins:
 
 def _output_share(case: Case) -> float:
     """Output tokens of the copies over all their tokens."""
-    prompts = outputs = 0
-    for run in case.of("twins"):
-        for record in case.answers(run):
-            prompts += len(case.reference.prompt_ids(record.prompt))
-            outputs += len(record.token_ids)
+    counts = [case.num_tokens(run) for run in case.of("twins")]
+    prompts, outputs = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     return outputs / (prompts + outputs) if outputs else 1.0
 
 
