@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.peers.limits import least_seconds, measure_rates
 from benchmarks.peers.models import model_folder
 from benchmarks.peers.processes import RunFailedError, run_system
-from benchmarks.peers.systems import SYSTEMS, TUNED, Settings, System, settings_for
+from benchmarks.peers.systems import SYSTEMS, TUNED, Settings, System, settings_for, tuned_as
 from benchmarks.peers.table import OURS, agreement, markdown, summarise
 from benchmarks.peers.workloads import Lengths, Workload, workload_file
 
@@ -46,11 +46,10 @@ class Comparison:
     def __post_init__(self) -> None:
         self.model_dir = model_folder(self.workload.preset, seed=self.seed, dtype=self.dtype)
         self.file = workload_file(self.workload, self.lengths, self.seed)
-        self._tuned_as = "-".join([self.workload.name, *([self.isa] if self.isa else [])])
         self._settings: dict[str, Settings] = {}
         described = {}
         for system in self.systems:
-            settings, source = settings_for(system, self._tuned_as, len(self.lengths))
+            settings, source = settings_for(system, self.workload.name, len(self.lengths), self.isa)
             self._settings[system.name] = settings
             described[system.name] = {
                 "label": system.label,
@@ -155,7 +154,9 @@ class Comparison:
             if tried:
                 best = min(tried, key=lambda trial: trial["seconds"])["settings"]
                 _remember(
-                    self._tuned_as, system.name, {"settings": best, "requests": len(self.lengths), "tried": tried}
+                    tuned_as(self.workload.name, self.isa),
+                    system.name,
+                    {"settings": best, "requests": len(self.lengths), "tried": tried},
                 )
 
     def _part(self, system: System) -> list[int] | None:

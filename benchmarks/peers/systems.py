@@ -155,8 +155,19 @@ SYSTEMS = {
 }
 
 
-def settings_for(system: System, workload: str, num_requests: int) -> tuple[Settings, str]:
-    """The settings to run with, and whether they were "tuned" for this workload or are the "default"."""
+def settings_for(system: System, workload: str, num_requests: int, isa: str | None = None) -> tuple[Settings, str]:
+    """The settings to run with, and whether they were "tuned" for this workload or are the "default".
+
+    Kept to `isa` and not tuned so, a system has what was found for it with all that the CPU has.
+    """
     tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    found = tuned.get(workload, {}).get(system.name)
-    return (found["settings"], "tuned") if found else (system.grid(num_requests)[0], "default")
+    if isa and (found := tuned.get(tuned_as(workload, isa), {}).get(system.name)):
+        return found["settings"], "tuned"
+    if found := tuned.get(workload, {}).get(system.name):
+        return found["settings"], f"tuned without {isa}" if isa else "tuned"
+    return system.grid(num_requests)[0], "default"
+
+
+def tuned_as(workload: str, isa: str | None) -> str:
+    """The name under which settings are kept."""
+    return f"{workload}-{isa}" if isa else workload

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from benchmarks.peers import mlas_avx2
+from benchmarks.peers import mlas_avx2, systems
 from benchmarks.peers.limits import least_seconds, step_rows
-from benchmarks.peers.systems import SYSTEMS
+from benchmarks.peers.systems import SYSTEMS, settings_for
 from benchmarks.peers.table import agreement, summarise
 from benchmarks.peers.workloads import WORKLOADS, random_requests, workload_file
 
@@ -99,6 +101,20 @@ def test_kept_to_avx2_a_system_has_the_variables_and_the_environment_for_it() ->
     assert SYSTEMS["isologit"].narrowed().variables["ISOLOGIT_VECTOR_WIDTH"] == "8"
     with pytest.raises(ValueError, match="AVX-512"):
         SYSTEMS["llamacpp"].narrowed()
+
+
+def test_settings_found_with_avx2_win_over_those_found_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(slots: int) -> dict[str, Any]:
+        return {"openvino": {"settings": {"max_num_seqs": slots}}}
+
+    monkeypatch.setattr(systems, "TUNED", tmp_path / "tuned.json")
+    openvino = SYSTEMS["openvino"]
+    assert settings_for(openvino, "trace300", 300, "avx2")[1] == "default"
+    systems.TUNED.write_text(json.dumps({"trace300": found(32)}))
+    assert settings_for(openvino, "trace300", 300) == ({"max_num_seqs": 32}, "tuned")
+    assert settings_for(openvino, "trace300", 300, "avx2") == ({"max_num_seqs": 32}, "tuned without avx2")
+    systems.TUNED.write_text(json.dumps({"trace300": found(32), "trace300-avx2": found(16)}))
+    assert settings_for(openvino, "trace300", 300, "avx2") == ({"max_num_seqs": 16}, "tuned")
 
 
 def test_mlas_answers_no_to_avx512_in_one_known_place(tmp_path: Path) -> None:
