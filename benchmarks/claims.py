@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 _ROOT = Path(__file__).parents[1]
@@ -75,6 +76,7 @@ def claims(results: Path) -> Iterator[Claim]:
         if not _is_narrow(peers[name]):
             yield _against_best(f"{name}: at most 0.70 of the best peer's time", peers[name], 0.70)
             yield _limit(f"{name}: limit / time at least {least:g}", peers[name], least)
+            yield _planned(f"{name}: the planner predicts the time within 10 %", peers[name])
     yield _against_best("tinyllama-1.1b, 64 requests: faster than every peer", peers["tiny64"], 1.0)
     yield _against_best("one request alone: not slower than the fastest peer", peers["latency"], 1.0)
     yield _against_best("2048-token prompts: within 10 % of the fastest peer", peers["long"], 1.10)
@@ -82,6 +84,8 @@ def claims(results: Path) -> Iterator[Claim]:
         found = peers[name] if _is_narrow(peers[name]) else peers[f"{name}-avx2"]
         yield _against_best(f"{name}, AVX2: at most {most:.2f} of the best peer's time", found, most)
         yield _limit(f"{name}, AVX2: limit / time at least 0.78", found, 0.78)
+        yield _planned(f"{name}, AVX2: the planner predicts the time within 10 %", found)
+        yield _waiting(f"{name}, AVX2: a thread waits for another's part for less than 2 % of the time", found)
     yield _flat(peers["trace300"], peers["trace1500"])
     yield from _speculation(_read(results / "speculation.json"))
     yield _certificates([found for found in peers.values() if found])
@@ -126,6 +130,27 @@ def _limit(what: str, found: dict[str, Any] | None, least: float) -> Claim:
     share = ours["limit_over_time"]
     measured = f"{share:.2f}; {ours['tile_limit_over_time']:.2f} by the tile loop's rate"
     return Claim(what, measured, share >= least, _machine(found))
+
+
+def _planned(what: str, found: dict[str, Any] | None) -> Claim:
+    """The median of the runs' ratios of predicted to measured seconds."""
+    ratios = [said["predicted_s"] / run["total_s"] for run, said in _own_words(found)]
+    if found is None or not ratios:
+        return Claim(what, "", None)
+    measured = f"{median(ratios):.2f} of it; run by run {', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))}"
+    return Claim(what, measured, abs(median(ratios) - 1) <= 0.10, _machine(found))
+
+
+def _waiting(what: str, found: dict[str, Any] | None) -> Claim:
+    shares = [said["waiting_s"] / run["total_s"] for run, said in _own_words(found)]
+    if found is None or not shares:
+        return Claim(what, "", None)
+    return Claim(what, f"{max(shares):.2%} at most", max(shares) < 0.02, _machine(found))
+
+
+def _own_words(found: dict[str, Any] | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """This engine's runs, each with what it said of itself."""
+    return [(run, run["engine"]) for run in found["runs"] if run.get("engine")] if found else []
 
 
 def _flat(few: dict[str, Any] | None, many: dict[str, Any] | None) -> Claim:

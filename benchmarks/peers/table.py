@@ -60,6 +60,9 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for name in sorted(summary, key=lambda system: summary[system]["median_s"]):
         lines.append(_row(result["systems"][name], summary[name], [r for r in result["runs"] if r["system"] == name]))
+    planned = [(run["engine"], run["total_s"]) for run in result["runs"] if run.get("engine")]
+    if planned:
+        lines += ["", _own_words(planned)]
     proofs = [proof for run in result["runs"] if (proof := run.get("certificate")) is not None]
     if proofs:
         lines += ["", _certificates(proofs)]
@@ -75,6 +78,17 @@ def _limit_row(name: str, what: str, limits: Sequence[dict[str, Any]], rate: str
         f"| {name}: {what} at {median(found[rate] for found in limits) / 1e9:.0f} GFLOP/s, memory at "
         f"{median(found['bytes_per_s'] for found in limits) / 1e9:.1f} GB/s | {median(seconds):.2f} | "
         f"{min(seconds):.2f} to {max(seconds):.2f} | | | | | | "
+    )
+
+
+def _own_words(runs: Sequence[tuple[dict[str, Any], float]]) -> str:
+    """What this engine said of its runs, each with the seconds that it took."""
+    slots = sorted({said["max_num_seqs"] for said, _ in runs})
+    each = ", ".join(f"{said['predicted_s']:.2f} s for {seconds:.2f}" for said, seconds in runs)
+    waiting = max(said["waiting_s"] / seconds for said, seconds in runs)
+    return (
+        f"The planner's slots: {', '.join(map(str, slots))}; predicted: {each}. One thread waits for another's part "
+        f"for {waiting:.1%} of the time at most."
     )
 
 

@@ -18,11 +18,11 @@ from isologit.common.load_progress import OnLoadProgress
 from isologit.config import EngineOptions, ModelConfig, SpeculativeConfig, load_model_config
 from isologit.config.engine_options import QkvLayout
 from isologit.engine.blocks import BlockPool
-from isologit.engine.calibration import CALIBRATION_ROWS, StepTimes, measure_step_times
+from isologit.engine.calibration import CALIBRATION_ROWS, StepTimes, measure_step_cost, measure_step_times
 from isologit.engine.draft_model import DraftModelProposer
 from isologit.engine.kv_sizes import most_blocks, prepared_blocks, run_blocks
 from isologit.engine.loop import EngineLoop
-from isologit.engine.planner import Plan, plan
+from isologit.engine.planner import Plan, StepCost, plan
 from isologit.engine.request import GenerationRequest, RequestMetrics, RequestOutput, SamplingParams
 from isologit.engine.request_limits import RequestLimits
 from isologit.engine.runner import Runner
@@ -82,7 +82,7 @@ class LLM:
             self._model.free_memory(), self._kv_bytes_per_block(), options.kv_cache_memory_bytes
         )
         self._num_kv_blocks = self._reserved_tokens = 0
-        self._step_times: list[StepTimes] = []
+        self._measured: tuple[list[StepTimes], StepCost] | None = None
         self._loop: EngineLoop | None = None
         self.last_plan: Plan | None = None
         self.step_records: list[StepRecord] = []
@@ -212,12 +212,13 @@ class LLM:
     def plan(self, requests: Sequence[GenerationRequest]) -> Plan:
         """Slots, token budget, order, and predicted steps and seconds for these requests."""
         options = self.options
+        _, cost = self._calibrated()
         lengths = [(len(r.prompt_token_ids), _expected_tokens(r)) for r in requests]
         return plan(
             lengths,
             num_blocks=self.max_kv_blocks,
             block_size=self._model.block_size,
-            cost=self._calibrated()[0].step_cost(),
+            cost=cost,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             longest_first=options.longest_first,
@@ -291,7 +292,7 @@ class LLM:
         if options is None:
             return None
         # NOTE: calibration writes into the key/value memory, so it must be over before anything runs.
-        target, *drafts = self._calibrated()
+        (target, *drafts), _ = self._calibrated()
 
         def draft_cost(rows: int) -> float:
             """One more row of the step, and one of the draft model's steps shared by all."""
@@ -306,7 +307,7 @@ class LLM:
     # -- speed ----------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compile the kernels, prepare memory, and measure what steps cost (about two seconds once compiled).
+        """Compile the kernels, prepare memory, and measure what steps cost (about three seconds once compiled).
 
         Prepared is key/value memory for 32768 tokens, 2 GiB at most; or all of `kv_cache_memory_bytes`, if given.
         """
@@ -318,13 +319,17 @@ class LLM:
             self.options.kv_cache_memory_bytes,
         )
         self._make_room(max(rows, ready), rows)
-        self._step_times = [measure_step_times(model, self.config.vocab_size, rows) for model in self._models]
+        vocab_size = self.config.vocab_size
+        times = [measure_step_times(model, vocab_size, rows) for model in self._models]
+        cost = measure_step_cost(self._model, vocab_size, times[0], self._num_kv_blocks, self.max_model_len)
+        self._measured = times, cost
 
-    def _calibrated(self) -> list[StepTimes]:
-        """Of the model, and of the draft model if there is one."""
-        if not self._step_times:
+    def _calibrated(self) -> tuple[list[StepTimes], StepCost]:
+        """Of the model, and of the draft model if there is one; and what the planner knows of the model."""
+        if self._measured is None:
             self.warm_up()
-        return self._step_times
+        assert self._measured is not None
+        return self._measured
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds that the last run's steps spent in each part of the model, waiting between threads included."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import heapq
+import math
 import time
 from pathlib import Path
 
@@ -17,13 +18,22 @@ from isologit.engine.request import GenerationRequest, SamplingParams, Sequence
 from isologit.engine.scheduler import Scheduler, SchedulerConfig
 from isologit.errors import ConfigError
 
-COST = StepCost(fixed_s=0.5, per_row_s=0.25)
+COST = StepCost((0,), (0.5,), per_row_s=0.25)
+RICH = StepCost(
+    (1, 2, 8), (1.0, 1.125, 3.0), 0.5, per_logits_row_s=0.25, per_context_token_s=2.0, per_prompt_pair_s=8.0
+)
 MANY = 10**6
 TRACE = Path(__file__).parents[3] / "shared" / "data" / "contest_lengths.csv"
 
 
 def schedule_for_real(
-    lengths: list[tuple[int, int]], order: list[int], slots: int, budget: int, blocks: int, block_size: int
+    lengths: list[tuple[int, int]],
+    order: list[int],
+    slots: int,
+    budget: int,
+    blocks: int,
+    block_size: int,
+    cost: StepCost = COST,
 ) -> tuple[int, float]:
     """Steps and seconds of the true scheduler on requests of these lengths."""
     pool = BlockPool(blocks, block_size, enable_prefix_caching=False)
@@ -34,7 +44,12 @@ def schedule_for_real(
     steps, seconds = 0, 0.0
     while (step := scheduler.schedule()) is not None:
         steps += 1
-        seconds += COST.seconds(step.num_tokens)
+        context = pairs = 0
+        for entry in step.sequences:
+            seen = sum(range(entry.start + 1, entry.start + entry.num_tokens + 1))
+            is_prompt = entry.start < len(entry.seq.request.prompt_token_ids)
+            context, pairs = context + seen * (not is_prompt), pairs + seen * is_prompt
+        seconds += cost.step_s(step.num_tokens, sum(entry.num_logits for entry in step.sequences), context, pairs)
         scheduler.commit(step, [[1] * entry.num_logits for entry in step.sequences])
     return steps, seconds
 
@@ -47,12 +62,21 @@ def test_simulation_agrees_with_the_scheduler(data: st.DataObject, lengths: list
     largest = max((-(-(sum(item) - 1) // block_size) for item in lengths), default=1)
     blocks = max(1, largest) + data.draw(st.integers(0, 20))
     order = data.draw(st.permutations(range(len(lengths))))
-    steps, seconds = simulate(lengths, order, slots, budget, blocks, block_size, COST)
-    assert (steps, pytest.approx(seconds)) == schedule_for_real(lengths, order, slots, budget, blocks, block_size)
+    given = lengths, order, slots, budget, blocks, block_size, RICH
+    steps, seconds = simulate(*given)
+    assert (steps, pytest.approx(seconds)) == schedule_for_real(*given)
 
 
-def test_a_step_costs_a_fixed_part_and_a_part_for_each_row() -> None:
-    assert [COST.seconds(rows) for rows in (1, 4, 8)] == [0.75, 1.5, 2.5]
+def test_between_measured_sizes_a_step_costs_what_a_straight_line_says_and_beyond_them_the_same_for_each_row() -> None:
+    assert [COST.rows_s(rows) for rows in (1, 4, 8)] == [0.75, 1.5, 2.5]
+    assert [RICH.rows_s(rows) for rows in (1, 2, 4, 8, 10)] == [1.0, 1.125, 1.75, 3.0, 4.0]
+    assert RICH.step_s(4, 3, 100, 10) == 1.75 + 3 * 0.25 + 100 * 2.0 + 10 * 8.0
+
+
+def test_a_line_with_the_largest_intercept_touches_the_steps_from_below() -> None:
+    assert RICH.intercept_s(0.0) == 1.0
+    assert RICH.intercept_s(0.3125) == pytest.approx(0.5)  # through two rows and eight
+    assert RICH.intercept_s(0.75) == -math.inf  # beyond the last size a row costs less
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
@@ -83,10 +107,15 @@ def test_given_settings_are_kept_and_the_order_is_longest_first() -> None:
 @settings(max_examples=50, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=30),
-    per_row=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    cost=st.sampled_from(
+        [
+            RICH,
+            *(StepCost((0,), (1.0,), per_row) for per_row in (0.0, 0.05, 0.3, 1.0)),
+            StepCost((1, 8), (1.0, 1.5), 0.2),
+        ]
+    ),
 )
-def test_no_setting_of_the_grid_is_more_than_one_percent_better(lengths: list[tuple[int, int]], per_row: float) -> None:
-    cost = StepCost(1.0, per_row)
+def test_no_setting_of_the_grid_is_more_than_one_percent_better(lengths: list[tuple[int, int]], cost: StepCost) -> None:
     chosen = plan(lengths, num_blocks=60, block_size=4, cost=cost)
     for slots in {1, 2, 4, 8, 16, len(lengths)}:
         for budget in (256, 2048):
@@ -96,9 +125,9 @@ def test_no_setting_of_the_grid_is_more_than_one_percent_better(lengths: list[tu
 
 def test_slots_follow_the_hardware() -> None:
     lengths = [(10, 20)] * 64
-    rows_are_free = plan(lengths, num_blocks=MANY, block_size=4, cost=StepCost(1.0, 0.0))
+    rows_are_free = plan(lengths, num_blocks=MANY, block_size=4, cost=StepCost((0,), (1.0,), 0.0))
     assert rows_are_free.max_num_seqs == 64
-    rows_are_everything = plan(lengths, num_blocks=MANY, block_size=4, cost=StepCost(0.0, 1.0))
+    rows_are_everything = plan(lengths, num_blocks=MANY, block_size=4, cost=StepCost((0,), (0.0,), 1.0))
     assert rows_are_everything.max_num_seqs == 1
 
 
@@ -138,6 +167,6 @@ class TestContestTrace:
         assert min(times) < 0.03
 
     def test_free_rows_reach_the_floor(self) -> None:
-        chosen = plan(self.lengths(), num_blocks=MANY, block_size=16, cost=StepCost(1e-2, 1e-6))
+        chosen = plan(self.lengths(), num_blocks=MANY, block_size=16, cost=StepCost((0,), (1e-2,), 1e-6))
         assert chosen.predicted_steps <= 504 * 1.01
         assert chosen.max_num_seqs <= 256

@@ -33,7 +33,7 @@ def test_requests_that_are_known_go_in_the_planners_order(lengths: list[tuple[in
     queue = WaitingQueue(longest_first=longest_first)
     for number, (prompt, max_tokens) in enumerate(lengths):
         queue.push(waiting(str(number), prompt, max_tokens, arrival_s=0.25))
-    cost = StepCost(fixed_s=1.0, per_row_s=0.1)
+    cost = StepCost((0,), (1.0,), per_row_s=0.1)
     planned = plan(lengths, num_blocks=99, block_size=4, cost=cost, longest_first=longest_first)
     assert drain(queue) == [str(index) for index in planned.order]
 

@@ -5,8 +5,8 @@
 Only the standard library may be imported here: each adapter runs in its own system's environment. The workload file is
 `{"model_dir", "requests": [{"prompt_token_ids", "max_tokens"}], "warm_up": [...], "settings": {...}}`. The result file
 is `{"load_s", "warm_up_s", "total_s", "output_token_ids": [[...]], "peak_memory_bytes", "versions", "settings",
-"certificate"}`, outputs in the order of the requests, each exactly `max_tokens` long: greedy, no end token. Conversion
-to the system's own format is not timed, and neither is the proof that this engine gives of its run.
+"engine", "certificate"}`, outputs in the order of the requests, each exactly `max_tokens` long: greedy, no end token.
+Conversion to the system's own format is not timed, and neither is what this engine says of its run and its proof.
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ def adapt(
     load: Callable[[Job], Generate],
     packages: Sequence[str],
     convert: Callable[[Job], None] | None = None,
+    describe: Callable[[], dict[str, Any]] | None = None,
     certify: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
     """Be an adapter: the whole of a run. `packages` are the distributions whose versions are recorded.
 
-    `certify` is called after the last run and says whether its outputs are the reference's.
+    `describe` and then `certify` are called after the last run: what the engine says of it, and whether its outputs
+    are the reference's.
     """
     workload = json.loads(Path(sys.argv[1]).read_text())
     requests = [Request(**request) for request in workload["requests"]]
@@ -89,6 +91,7 @@ def adapt(
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "settings": job.settings,
+        "engine": None if describe is None else describe(),
         "certificate": None if certify is None else certify(),
     }
     Path(sys.argv[2]).write_text(json.dumps(result))

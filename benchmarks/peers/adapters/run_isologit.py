@@ -52,6 +52,19 @@ class _Engine:
         self._outputs = sorted(self._llm.run(batch), key=lambda output: int(output.request_id))
         return [output.token_ids for output in self._outputs]
 
+    def last_run(self) -> dict[str, Any]:
+        """What the planner chose and predicted for the last run, its steps, and one thread's waiting for others."""
+        plan = self._llm.last_plan
+        assert plan is not None
+        return {
+            "max_num_seqs": plan.max_num_seqs,
+            "max_num_batched_tokens": plan.max_num_batched_tokens,
+            "predicted_s": plan.predicted_seconds,
+            "predicted_steps": plan.predicted_steps,
+            "steps": len(self._llm.step_records),
+            "waiting_s": self._llm.phase_seconds().get("wait", 0.0),
+        }
+
     def certificate(self) -> dict[str, Any]:
         """Hugging Face transformers re-scores outputs for half a minute and compares the rows kept during the run."""
         rows: dict[tuple[str, int], np.ndarray] = {}
@@ -92,4 +105,4 @@ class _Engine:
 
 if __name__ == "__main__":
     engine = _Engine()
-    adapt(engine.load, ["isologit", "torch", "numba"], certify=engine.certificate)
+    adapt(engine.load, ["isologit", "torch", "numba"], describe=engine.last_run, certify=engine.certificate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +13,12 @@ from isologit.backends.batch import FlatBatch
 from isologit.engine.planner import StepCost
 
 CALIBRATION_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-_HOST_SECONDS = 2e-4  # scheduling and commit of one step
+_HOST_SECONDS = 4e-4  # scheduling, building the batch and committing one step
 _SECONDS_EACH = 0.15
 _LEAST_TIMES, _MOST_TIMES = 2, 7
 _LONGEST_STEP_S = 0.5
+_CONTEXT_TOKENS = 1024  # of the steps that show what attention costs
+_LEAST_ROW_S = 1e-9
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,6 @@ class StepTimes:
         now = self.seconds_of(rows)
         return (self.seconds_of(rows + 1) - now) / (now / rows)
 
-    def step_cost(self) -> StepCost:
-        """The straight line from the smallest step to the largest, with the host's share."""
-        (first, *_, last), (least, *_, most) = self.rows + self.rows[-1:], self.seconds + self.seconds[-1:]
-        per_row = (most - least) / (last - first) if last > first else least
-        return StepCost(fixed_s=least + _HOST_SECONDS, per_row_s=max(per_row, 1e-9))
-
 
 def measure_step_times(model: Backend, vocab_size: int, max_rows: int) -> StepTimes:
     """Time decode steps of up to `max_rows` rows, each a sequence of its own with a context of one block.
@@ -59,28 +56,93 @@ def measure_step_times(model: Backend, vocab_size: int, max_rows: int) -> StepTi
     for count in CALIBRATION_ROWS:
         if count > max_rows or (seconds and seconds[-1] > _LONGEST_STEP_S):
             break
-        batch = _decode_batch(count, vocab_size, model.block_size)
-        model.project(model.forward(batch).final[:1])  # compiled, and so never in a run
-        times: list[float] = []
-        while len(times) < _LEAST_TIMES or (len(times) < _MOST_TIMES and sum(times) < _SECONDS_EACH):
-            start = time.perf_counter()
-            model.forward(batch).argmax  # noqa: B018 (waits for a device that computes on its own)
-            times.append(time.perf_counter() - start)
+        (median,) = _median_seconds(model, [_decode_batch(model, vocab_size, count)])
         rows.append(count)
-        seconds.append(max([float(np.median(times)), *seconds]))
+        seconds.append(max([median, *seconds]))
     return StepTimes(tuple(rows), tuple(seconds))
 
 
-def _decode_batch(rows: int, vocab_size: int, block_size: int) -> FlatBatch:
+def measure_step_cost(
+    model: Backend, vocab_size: int, times: StepTimes, num_blocks: int, max_model_len: int
+) -> StepCost:
+    """What the planner needs besides `times`: how LM head, context and prompts share in a step of the largest size.
+
+    Four steps of that size are timed in turns: as in `times`; with a single row's token chosen; with a long context;
+    and a prompt's last rows. Their differences say what one token of each costs. The model needs memory for
+    `num_blocks` blocks, as many as the size has rows at least. Takes about a second.
+    """
+    rows, block = times.rows[-1], model.block_size
+    longest = min(max_model_len // block, _CONTEXT_TOKENS // block)
+    blocks_each = max(1, min(longest, num_blocks // rows))
+    prompt_blocks = max(-(-rows // block), min(longest, num_blocks))
+    batches = [
+        _decode_batch(model, vocab_size, rows),
+        _decode_batch(model, vocab_size, rows, logits_rows=1),
+        _decode_batch(model, vocab_size, rows, blocks_each=blocks_each),
+    ]
+    if prompt_blocks <= num_blocks and prompt_blocks * block <= max_model_len:
+        batches.append(_prompt_batch(vocab_size, rows, prompt_blocks, block))
+    plain, one_token, long, *prompt = _median_seconds(model, batches)
+    per_logits_row_s = max(0.0, plain - one_token) / max(1, rows - 1)
+    per_context_token_s = max(0.0, long - plain) / max(1, rows * (blocks_each - 1) * block)
+    each_s = per_logits_row_s + per_context_token_s * block  # of a row in `times`
+    seconds = [max(0.0, step_s - rows * each_s) for rows, step_s in zip(times.rows, times.seconds, strict=True)]
+    pairs = rows * (prompt_blocks * block - rows) + rows * (rows + 1) // 2
+    attention_s = (prompt[0] - one_token + per_context_token_s * rows * block) if prompt else 0.0
+    return StepCost(
+        rows=times.rows,
+        seconds=tuple(step_s + _HOST_SECONDS for step_s in seconds),
+        per_row_s=max(seconds[-1] / rows, _LEAST_ROW_S),
+        per_logits_row_s=per_logits_row_s,
+        per_context_token_s=per_context_token_s,
+        per_prompt_pair_s=max(0.0, attention_s) / pairs,
+    )
+
+
+def _median_seconds(model: Backend, batches: Sequence[FlatBatch]) -> list[float]:
+    """Of steps of each batch, run in turns."""
+    times: list[list[float]] = [[] for _ in batches]
+    for batch in batches:
+        model.project(model.forward(batch).final[:1])  # compiled, and so never in a run
+    while len(times[0]) < _LEAST_TIMES or (len(times[0]) < _MOST_TIMES and sum(times[0]) < _SECONDS_EACH):
+        for batch, taken in zip(batches, times, strict=True):
+            start = time.perf_counter()
+            model.forward(batch).argmax  # noqa: B018 (waits for a device that computes on its own)
+            taken.append(time.perf_counter() - start)
+    return [float(np.median(taken)) for taken in times]
+
+
+def _decode_batch(
+    model: Backend, vocab_size: int, rows: int, *, blocks_each: int = 1, logits_rows: int | None = None
+) -> FlatBatch:
+    """The last token of `rows` sequences of so many full blocks, of which `logits_rows` (all) get a next token."""
     index = np.arange(rows)
-    position = block_size - 1
+    last = blocks_each * model.block_size - 1
+    tables = np.arange(rows * blocks_each).reshape(rows, blocks_each)
+    chosen = index[: rows if logits_rows is None else logits_rows]
     return FlatBatch(
         token_ids=index % vocab_size,
-        positions=np.full(rows, position),
-        slots=index * block_size + position,
-        sequences=np.stack([index, np.ones_like(index), np.full(rows, position)], axis=1),
-        block_tables=index[:, None],
+        positions=np.full(rows, last),
+        slots=tables[:, -1] * model.block_size + model.block_size - 1,
+        sequences=np.stack([index, np.ones_like(index), np.full(rows, last)], axis=1),
+        block_tables=tables,
         table_rows=index,
-        logits_rows=index,
-        logits_wanted=np.zeros(rows, bool),
+        logits_rows=chosen,
+        logits_wanted=np.zeros(len(chosen), bool),
+    )
+
+
+def _prompt_batch(vocab_size: int, rows: int, blocks: int, block_size: int) -> FlatBatch:
+    """The last `rows` tokens of a prompt that fills so many blocks."""
+    index = np.arange(rows)
+    first = blocks * block_size - rows
+    return FlatBatch(
+        token_ids=index % vocab_size,
+        positions=first + index,
+        slots=first + index,
+        sequences=np.array([[0, rows, first]]),
+        block_tables=np.arange(blocks)[None, :],
+        table_rows=np.zeros(1, np.int64),
+        logits_rows=index[-1:],
+        logits_wanted=np.zeros(1, bool),
     )

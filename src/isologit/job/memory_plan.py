@@ -256,7 +256,7 @@ class _Engine:
         self.own_memory = None if free is None else FreeMemory(free, "the device")
         self.weights = sum(memory.weights for memory in self._memories)
         read_s = config.num_matmul_parameters * ITEM_BYTES[config.dtype] / _BYTES_PER_S
-        cost = StepCost(_STEP_S + read_s, 2 * config.num_matmul_parameters / _FLOP_PER_S)
+        cost = StepCost((0,), (_STEP_S + read_s,), 2 * config.num_matmul_parameters / _FLOP_PER_S)
         chosen = plan(
             lengths,
             num_blocks=max(self._needs()) + sum(self._needs()),
