@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from isologit.common.compiler import njit
 
 VERSION = 1  # of the numbers: another one gives other weights for the same seed
 _MIDDLE = 2 * 65535  # mean of the sum

@@ -123,7 +123,7 @@ llvm.get_host_cpu_features = lambda: features
 import isologit.backends.cpu.simd
 llvm.get_host_cpu_features = true_features
 from tests.backends.cpu import test_packing
-from isologit.backends.cpu.simd import VECTOR_WIDTH
+from isologit.common.compiler import VECTOR_WIDTH
 for dtype in ("float32", "float16", "bfloat16"):
     checkpoint = test_packing.dummy_checkpoint(test_packing.ODD, dtype=dtype)
     test_packing.check_same(test_packing.pack(checkpoint), checkpoint)

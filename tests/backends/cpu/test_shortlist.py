@@ -21,6 +21,7 @@ from isologit.backends.cpu.shortlist import (
     quantise_row,
 )
 from isologit.backends.cpu.simd import PANEL_WIDTH
+from isologit.common.compiler import FEATURES, VECTOR_WIDTH
 
 
 def byte_head(weight: torch.Tensor) -> ByteHead:
@@ -142,7 +143,7 @@ def test_weights_that_bounds_cannot_hold_are_refused(value: float) -> None:
 @pytest.mark.parametrize("how", ["fours", "pairs", None])
 def test_integer_products_are_exact_by_every_instruction(how: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the ends of their ranges too, and with instructions that this width would not choose."""
-    if how is not None and not simd.has_byte_products(simd.FEATURES, simd.VECTOR_WIDTH, how):
+    if how is not None and not simd.has_byte_products(FEATURES, VECTOR_WIDTH, how):
         pytest.skip("this CPU has no such instruction")
     words = 2 if how == "pairs" else 1
     monkeypatch.setattr(tiles, "BYTE_PRODUCTS", how)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from isologit.backends.cpu.simd import VECTOR_WIDTH, byte_products, host_vector_width, narrower, vector_width
+from isologit.backends.cpu.simd import byte_products
+from isologit.common.compiler import VECTOR_WIDTH, host_vector_width, narrower, vector_width
 from isologit.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -67,6 +68,42 @@ def test_a_narrower_cpu_has_fewer_registers_and_no_masks(width: int) -> None:
     assert ("ymm", 5) in found
     beyond = [register for register in found if register[0] in ("zmm", "k") or register[1] > 15]
     assert bool(beyond) == (width > AVX2)
+
+
+_FEATURES = """
+from isologit.checkpoints import dummy
+from isologit import LLM
+from numba.core.registry import cpu_target
+
+LLM().close()
+triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+print(*(feature for feature in features.split(",") if feature.startswith("+avx")))
+"""
+
+
+@pytest.mark.skipif(host_vector_width() <= AVX2, reason="this CPU has nothing to keep from")
+@pytest.mark.parametrize("width", [AVX2, host_vector_width()])
+def test_nothing_is_compiled_before_the_width_is_known(width: int) -> None:
+    """Numba asks what the CPU has when the first function is decorated: one of random weights, not a kernel."""
+    done = with_width(width, "-c", _FEATURES)
+    assert done.returncode == 0, done.stderr
+    features = done.stdout.split()
+    assert "+avx2" in features
+    assert any(name.startswith("+avx512") for name in features) == (width > AVX2)
+
+
+def test_only_one_module_takes_njit_from_numba() -> None:
+    sources = sorted((ROOT / "src").rglob("*.py"))
+    direct = [
+        path.name for path in sources if re.search(r"^from numba import .*njit|numba\.njit", path.read_text(), re.M)
+    ]
+    assert direct == ["compiler.py"]
+
+
+@pytest.mark.skipif(host_vector_width() <= AVX2, reason="this CPU has nothing to keep from")
+def test_a_width_that_comes_too_late_is_refused() -> None:
+    done = with_width(AVX2, "-c", "from numba import njit; njit(lambda: 1)(); from isologit import LLM")
+    assert "ISOLOGIT_VECTOR_WIDTH comes too late" in done.stderr
 
 
 def test_features_of_a_narrower_cpu() -> None:

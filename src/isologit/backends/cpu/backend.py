@@ -24,7 +24,7 @@ from isologit.backends.cpu.memory import zeros
 from isologit.backends.cpu.packing import PackedWeights
 from isologit.backends.cpu.product_rate import product_rate
 from isologit.backends.cpu.shortlist import NOT_PICKED
-from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
+from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS
 from isologit.backends.cpu.sizes import (
     TABLES,
     Shapes,
@@ -48,6 +48,7 @@ from isologit.backends.cpu.step import (
 from isologit.backends.cpu.work import Costs, attention_work, split
 from isologit.backends.rope import rope_inv_freq
 from isologit.checkpoints.checkpoint import Checkpoint
+from isologit.common.compiler import VECTOR_WIDTH
 from isologit.common.memory import free_memory
 from isologit.config import ModelConfig
 

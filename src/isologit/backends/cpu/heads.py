@@ -11,7 +11,6 @@ share evenly.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from isologit.backends.cpu.kernels import (
     attention_tile,
@@ -25,6 +24,7 @@ from isologit.backends.cpu.kernels import (
 )
 from isologit.backends.cpu.simd import CACHE_LINE, PANEL_WIDTH, TILE_ROWS, atomic_add, monotonic_ns
 from isologit.backends.cpu.tiles import LINES_PER_PASS, STREAM_CHUNK, make_tile_product
+from isologit.common.compiler import njit
 
 MAX_CHUNKS = 512  # of a tile's stream
 _LEAST_ROWS = 2 * TILE_ROWS  # with fewer, weights are what a projection waits for

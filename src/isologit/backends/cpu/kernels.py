@@ -15,13 +15,11 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 
 from isologit.backends.cpu.simd import (
     CACHE_LINE,
     PANEL_WIDTH,
     TILE_ROWS,
-    VECTOR_WIDTH,
     atomic_add,
     atomic_load,
     exp_in_place,
@@ -31,6 +29,7 @@ from isologit.backends.cpu.simd import (
     yield_processor,
 )
 from isologit.backends.cpu.tiles import EPILOGUES, make_tile_product
+from isologit.common.compiler import VECTOR_WIDTH, njit
 
 _FLOAT_LINE = CACHE_LINE // 4  # float32 of a cache line
 COUNTER_STRIDE = 8  # int64 elements between counters: one cache line each

@@ -17,8 +17,9 @@ import torch
 
 from isologit.backends.cpu.kernels import pack_rows, panel_count
 from isologit.backends.cpu.shortlist import ByteHead, has_byte_bounds, quantised_rows
-from isologit.backends.cpu.simd import BYTE_PRODUCTS, PANEL_WIDTH, VECTOR_WIDTH
+from isologit.backends.cpu.simd import BYTE_PRODUCTS, PANEL_WIDTH
 from isologit.checkpoints.checkpoint import Checkpoint
+from isologit.common.compiler import VECTOR_WIDTH
 from isologit.common.load_progress import OnLoadProgress
 from isologit.config import ModelConfig
 

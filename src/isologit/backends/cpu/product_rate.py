@@ -12,7 +12,7 @@ from isologit.backends.cpu.memory import zeros
 from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS
 
 _DEPTH, _TILES, _PANELS = 512, 8, 4  # of the measured product: half a megabyte, which the second-level cache holds
-_TILE_REPEATS = 20
+_TILE_REPEATS = 400  # ten milliseconds and more: a thread that slept may take half of one to wake
 
 
 def product_rate(num_threads: int, repeats: int = 7) -> float:

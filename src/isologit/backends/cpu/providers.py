@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from isologit.backends.cpu import kernels
-from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
+from isologit.backends.cpu.simd import PANEL_WIDTH, TILE_ROWS
+from isologit.common.compiler import VECTOR_WIDTH
 
 
 def _flat(x: torch.Tensor) -> np.ndarray:

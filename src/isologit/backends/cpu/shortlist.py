@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 
 from isologit.backends.cpu.kernels import dot_short, even_share, panel_count, panel_portion, tile_count
 from isologit.backends.cpu.memory import aligned
 from isologit.backends.cpu.simd import BYTE_PRODUCTS, PANEL_WIDTH, WORDS_OF_FOUR, atomic_add
 from isologit.backends.cpu.tiles import bound_tile
+from isologit.common.compiler import njit
 
 NOT_PICKED = -2  # a row whose logits must all be computed
 _LARGEST_BYTE = 127

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba import types
@@ -20,38 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from isologit.common.cache_folder import cache_folder
-from isologit.errors import ConfigError
-
-_WIDTH_VARIABLE = "ISOLOGIT_VECTOR_WIDTH"
-
-
-def host_vector_width() -> int:
-    """float32 lanes of the widest vector register of this CPU."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 16
-    return 8 if features.get("avx2") else 4
-
-
-def vector_width(wish: str, widest: int) -> int:
-    """float32 lanes that kernels are made for: the widest, or fewer if `wish` is not empty.
-
-    Raises ConfigError when `wish` is no width that a CPU with registers of `widest` lanes has.
-    """
-    widths = [width for width in (4, 8, 16) if width <= widest]
-    if wish and wish not in map(str, widths):
-        raise ConfigError(f'{_WIDTH_VARIABLE} is "{wish}"; here it can be {", ".join(map(str, widths))}, or not set')
-    return int(wish or widest)
-
-
-def narrower(features: dict[str, bool], width: int) -> dict[str, bool]:
-    """Features of a CPU like the one with these, but with vectors of `width` lanes and nothing that came later.
-
-    That is more than shorter vectors: AVX-512 has twice the registers, masks and operands that are spread from memory
-    at every width, and products of bytes came to CPUs without it only as AVX-VNNI.
-    """
-    later = ("avx512", "avx10", "amx", "avxvnni", "avxifma", "avxneconvert", *(("avx2",) if width < 8 else ()))
-    return {name: has and not name.startswith(later) for name, has in features.items()}
+from isologit.common.compiler import FEATURES, VECTOR_WIDTH
 
 
 def has_byte_products(features: dict[str, bool], width: int, how: str) -> bool:
@@ -68,17 +36,6 @@ def byte_products(features: dict[str, bool], width: int) -> str | None:
     return next((how for how in ("fours", "pairs") if has_byte_products(features, width, how)), None)
 
 
-def compile_for_narrower() -> None:
-    """Have Numba make code that a CPU of VECTOR_WIDTH could run: with its features, and scheduled as for one."""
-    numba.config.CPU_NAME = {4: "x86-64-v2", 8: "znver3"}[VECTOR_WIDTH]
-    numba.config.CPU_FEATURES = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(FEATURES.items()))
-
-
-VECTOR_WIDTH = vector_width(os.environ.get(_WIDTH_VARIABLE, ""), host_vector_width())
-FEATURES = dict(llvm.get_host_cpu_features())  # of the CPU that kernels are made for
-if host_vector_width() > VECTOR_WIDTH:
-    FEATURES = narrower(FEATURES, VECTOR_WIDTH)
-    compile_for_narrower()
 BYTE_PRODUCTS = byte_products(FEATURES, VECTOR_WIDTH)
 # Words, int32 each, that hold what four bytes are multiplied with: four bytes, or two pairs of 16 bits.
 WORDS_OF_FOUR = 2 if BYTE_PRODUCTS == "pairs" else 1

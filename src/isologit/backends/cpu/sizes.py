@@ -12,7 +12,8 @@ from isologit.backends.cpu.heads import MAX_CHUNKS
 from isologit.backends.cpu.kernels import COUNTER_STRIDE, SCRATCH_SIZE, kv_block_size, panel_count
 from isologit.backends.cpu.packing import packed_bytes
 from isologit.backends.cpu.shortlist import ROW_DTYPE
-from isologit.backends.cpu.simd import BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS, VECTOR_WIDTH
+from isologit.backends.cpu.simd import BYTE_PRODUCTS, PANEL_WIDTH, TILE_ROWS
+from isologit.common.compiler import VECTOR_WIDTH
 from isologit.config import ModelConfig
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype by name

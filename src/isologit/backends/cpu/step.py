@@ -6,8 +6,6 @@ operations it has. A thread with a part of its own meets nobody before `choose_r
 
 from __future__ import annotations
 
-from numba import njit
-
 from isologit.backends.cpu.arguments import ChoiceScratch, Head, Scratch, Shape, Weights, Work
 from isologit.backends.cpu.heads import attend, heads_suit, project_and_attend
 from isologit.backends.cpu.kernels import (
@@ -30,7 +28,8 @@ from isologit.backends.cpu.kernels import (
     wait_until,
 )
 from isologit.backends.cpu.shortlist import NOT_PICKED, bound_panels, pick_row, quantise_row
-from isologit.backends.cpu.simd import VECTOR_WIDTH, WORDS_OF_FOUR, atomic_add, monotonic_ns
+from isologit.backends.cpu.simd import WORDS_OF_FOUR, atomic_add, monotonic_ns
+from isologit.common.compiler import VECTOR_WIDTH, njit
 
 COUNTERS_PER_LAYER = 5  # operations that share work through a counter: qkv, attention, output, gate-up, down
 COUNTERS_PER_PART = 4  # in `choose_rows`: whether it is ready, panels, threads that are busy with them, rows

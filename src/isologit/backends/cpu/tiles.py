@@ -21,7 +21,6 @@ from isologit.backends.cpu.simd import (
     PANEL_VECTORS,
     PANEL_WIDTH,
     TILE_ROWS,
-    VECTOR_WIDTH,
     WORDS_OF_FOUR,
     across_lanes,
     constant,
@@ -31,6 +30,7 @@ from isologit.backends.cpu.simd import (
     prefetch,
     spread,
 )
+from isologit.common.compiler import VECTOR_WIDTH
 
 _STORAGE_OF_DTYPE = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bytes": 4}  # of a column at one place of the depth
