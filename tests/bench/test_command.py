@@ -15,6 +15,7 @@ from tests.bench.fake_server import FakeServer, fake_server
 from typer.testing import CliRunner, Result
 
 from isologit.cli.app import app
+from isologit.errors import OutputFolderError
 
 
 def _run(*arguments: str) -> Result:
@@ -199,13 +200,37 @@ def test_where_nobody_listens_the_advice_is_about_the_address(backend: str) -> N
     assert "isologit serve" not in unknown.output
 
 
-def test_a_file_that_cannot_be_written_does_not_hide_the_figures(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_a_file_that_cannot_be_written_any_more_does_not_hide_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_json(path: Path, value: object) -> None:
+        raise OutputFolderError(f"{path}: cannot be written (No space left on device); choose another place")
+
+    monkeypatch.setattr("isologit.common.files.write_json", write_json)
     with fake_server() as server:
-        done = _serve(server, "--num-prompts", "2", "--save-result", "--result-dir", str(tmp_path / "file"))
+        done = _serve(server, "--num-prompts", "2", "--save-result", "--result-dir", str(tmp_path))
     assert done.exit_code == 2
     assert "cannot be written" in done.output
     assert "2 of 2 completed" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", "--base-url", "http://127.0.0.1:9", "--num-prompts", "1", "--save-result", "--result-dir"),
+        ("serve", "--base-url", "http://127.0.0.1:9", "--num-prompts", "1", "-O"),
+        ("throughput", "--num-prompts", "1", "--output-json"),
+        ("latency", "--num-iters", "1", "--output-json"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = _run(*arguments, str(tmp_path / "file" / "inner"))
+    assert done.exit_code == 2
+    assert done.output.splitlines()[-1].startswith(f"error: {tmp_path / 'file'}")
+    assert "cannot be written" in done.output
 
 
 def test_a_request_past_its_time_makes_the_run_invalid(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(capsys: pytest.CaptureFixt
     code, said = _left_with(OSError(errno.ENOSPC, "No space left on device"), capsys)
     assert code == Exit.USER_ERROR
     assert said == "error: the disk is full; make room, then run the same command again\n"
+    _, said = _left_with(OSError(errno.ENOSPC, "No space left on device", "/cache/kernels"), capsys)
+    assert said == "error: the disk is full; make room (/cache/kernels), then run the same command again\n"
 
 
 def test_a_file_that_may_not_grow_is_one_line_that_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import isologit
-from isologit.common.files import write_atomically, write_json, write_text
+from isologit.common.files import require_writable, write_atomically, write_json, write_text
 from isologit.errors import OutputFolderError
 
 
@@ -45,6 +45,17 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputFolderError, match="cannot be written"):
         write_json(tmp_path / "file" / "inner.json", {})
+
+
+def test_a_place_can_be_tried_beforehand(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "file.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("kept")
+    require_writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    for place in (tmp_path / "file" / "inner.json", tmp_path / "new"):
+        with pytest.raises(OutputFolderError, match="cannot be written"):
+            require_writable(place)
 
 
 def test_there_is_one_atomic_writer() -> None:

@@ -214,6 +214,10 @@ def serve(
             if out_dir is not None:
                 saved.append(write_contest_result(out_dir, request_rate, measurement.run))
 
+        if save_result or save_detailed:
+            _require_writable(result_dir / (result_filename or "result.json"))
+        if out_dir is not None:
+            _require_writable(out_dir / "result.json")
         interrupt_on_sigterm()
         with display(quiet=False) as observer:
             measurement = measure_server(options, detailed=save_detailed, observer=observer, keep=keep)
@@ -407,6 +411,7 @@ def throughput(
             max_new_tokens=max_new_tokens,
         )
         require_backend(options.engine)
+        _require_writable(output_json)
         interrupt_on_sigterm()
         with display(quiet=False) as observer:
             observer.stage("load the model")
@@ -475,6 +480,7 @@ def latency(
             seed=seed,
         )
         require_backend(options)
+        _require_writable(output_json)
         interrupt_on_sigterm()
         total = num_iters_warmup + num_iters
         with display(quiet=False) as observer:
@@ -494,6 +500,14 @@ def latency(
         for percentage, seconds in found["percentiles"].items():
             print(f"{percentage}% percentile latency: {seconds} seconds")
         _write_output(output_json, found)
+
+
+def _require_writable(path: Path | None) -> None:
+    """Refuse before the measurement what could not be written after it."""
+    if path is not None:
+        from isologit.common.files import require_writable
+
+        require_writable(path)
 
 
 def _write_output(path: Path | None, found: dict[str, Any]) -> None:

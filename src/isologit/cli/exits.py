@@ -46,7 +46,8 @@ def reporting_errors(*, as_json: bool = False) -> Iterator[None]:
         leave(Exit.INTERRUPTED, "interrupted", as_json=as_json)
     except (Exception, MemoryError) as error:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            line = f"error: {_NO_ROOM[error.errno]}, then run the same command again"
+            where = f" ({error.filename})" if error.filename else ""
+            line = f"error: {_NO_ROOM[error.errno]}{where}, then run the same command again"
             leave(Exit.USER_ERROR, line, as_json=as_json)
         import traceback
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,24 @@ def json_text(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by the value as JSON, making its folder if need be. Raises OutputFolderError when it cannot."""
     text = json_text(value)
-    try:
+    with _as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, [text])
+
+
+def require_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written later. Raises OutputFolderError when it could not be now."""
+    with _as_output_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+            pass
+
+
+@contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OutputFolderError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
