@@ -10,7 +10,7 @@ import pytest
 from isologit.backends.batch import FlatBatch, ReadyOutput
 from isologit.engine import calibration
 from isologit.engine.calibration import measure_step_cost, measure_step_times
-from isologit.engine.planner import StepCost, simulate
+from isologit.engine.planner import StepCost, plan, simulate
 
 TRUE = StepCost(
     calibration.CALIBRATION_ROWS,
@@ -100,3 +100,14 @@ def test_a_device_that_is_slow_is_asked_for_few_steps(monkeypatch: pytest.Monkey
     found, device = calibrated(monkeypatch, slow)
     assert found.rows[-1] <= 8
     assert device.now < 20
+
+
+@pytest.mark.parametrize(("max_rows", "sizes"), [(128, (1, 8)), (5, (1, 4)), (1, (1,))])
+def test_one_row_that_takes_long_is_not_taken_for_what_every_row_costs(
+    monkeypatch: pytest.MonkeyPatch, max_rows: int, sizes: tuple[int, ...]
+) -> None:
+    """A large model's single row waits for the weights, which the next rows share: more slots are worth it."""
+    found, _ = calibrated(monkeypatch, StepCost((1, 128), (0.6, 4.0), 0.03), max_rows=max_rows)
+    assert found.rows == sizes
+    if max_rows == 128:
+        assert plan([(20, 60)] * 64, num_blocks=999, block_size=16, cost=found).max_num_seqs >= 8

@@ -17,6 +17,9 @@ _HOST_SECONDS = 4e-4  # scheduling, building the batch and committing one step
 _SECONDS_EACH = 0.15
 _LEAST_TIMES, _MOST_TIMES = 2, 7
 _LONGEST_STEP_S = 0.5
+_SLOW_ROWS = (
+    8  # measured however slow a step is: one row alone says what reading the weights takes, not what a row does
+)
 _CONTEXT_TOKENS = 1024  # of the steps that show what attention costs
 _LEAST_ROW_S = 1e-9
 
@@ -49,13 +52,17 @@ class StepTimes:
 def measure_step_times(model: Backend, vocab_size: int, max_rows: int) -> StepTimes:
     """Time decode steps of up to `max_rows` rows, each a sequence of its own with a context of one block.
 
-    The model needs memory for `max_rows` blocks and buffers for `max_rows` rows. Takes about a second.
+    The model needs memory for `max_rows` blocks and buffers for `max_rows` rows. Takes about a second; of a model whose
+    steps take more than half of one, sizes are left out.
     """
     rows: list[int] = []
     seconds: list[float] = []
     for count in CALIBRATION_ROWS:
-        if count > max_rows or (seconds and seconds[-1] > _LONGEST_STEP_S):
+        is_slow = bool(seconds) and seconds[-1] > _LONGEST_STEP_S
+        if count > max_rows or (is_slow and rows[-1] >= _SLOW_ROWS):
             break
+        if is_slow and count < _SLOW_ROWS and 2 * count <= max_rows:
+            continue
         (median,) = _median_seconds(model, [_decode_batch(model, vocab_size, count)])
         rows.append(count)
         seconds.append(max([median, *seconds]))
@@ -69,7 +76,7 @@ def measure_step_cost(
 
     Four steps of that size are timed in turns: as in `times`; with a single row's token chosen; with a long context;
     and a prompt's last rows. Their differences say what one token of each costs. The model needs memory for
-    `num_blocks` blocks, as many as the size has rows at least. Takes about a second.
+    `num_blocks` blocks, as many as the size has rows at least. Takes a second or two, where steps are slow ten of them.
     """
     rows, block = times.rows[-1], model.block_size
     longest = min(max_model_len // block, _CONTEXT_TOKENS // block)
